@@ -1,0 +1,37 @@
+"""Normalization for neural networks, done properly: pick it, put it in, check it, make it fast, ship it.
+
+`import normkit` imports no framework: public names are loaded when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normkit.core.algebra import groups_for as groups_for
+    from normkit.errors import NormError as NormError
+    from normkit.experiments import compare as compare
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. No module or package carries a public verb's name: importing it would
+# replace the function of that name.
+_HOME = {
+    "NormError": "normkit.errors",
+    "compare": "normkit.experiments",
+    "groups_for": "normkit.core.algebra",
+}
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        home = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module 'normkit' has no attribute {name!r}") from None
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,147 @@
+"""Exact rules about statistics: merging, conventions of momentum and variance, folding, group counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from normkit.core.constraints import Integer, Real, check
+from normkit.errors import NormValueError, message
+
+__all__ = [
+    "Pooled",
+    "biased",
+    "fold_after",
+    "groups_for",
+    "merge",
+    "rate_of",
+    "remaining",
+    "scale_shift",
+    "unbiased",
+]
+
+Convention = Literal["torch", "keras", "flax", "onnx"]
+
+
+class Pooled(NamedTuple):
+    """Moments of all values together: their number, mean and biased variance."""
+
+    count: Any
+    mean: Any
+    var: Any
+
+
+def merge(counts: Sequence[float], means: Sequence[Any], variances: Sequence[Any]) -> Pooled:
+    """Merge the moments of batches of unequal sizes to those of all their values at once.
+
+    n = sum n_k, mean = sum n_k mean_k / n, var = sum n_k (var_k + (mean_k - mean)^2) / n, with biased variances. The
+    deviations are squared after centring, so a mean far from zero costs no digits. Batches of size 0 are left out.
+
+    Args:
+        counts: values behind each mean and variance.
+        means, variances: one array each per batch, all of one shape; variances biased (divided by n).
+
+    Returns:
+        Moments in float64, as if all values had been one batch.
+
+    Raises:
+        NormValueError: without any value, with a negative count, or with lists of unequal length.
+    """
+    if not len(counts) == len(means) == len(variances):
+        got = f"{len(counts)}, {len(means)} and {len(variances)}"
+        raise NormValueError(message("`counts`, `means` and `variances` must have one entry per batch", got))
+    if any(n < 0 for n in counts) or not sum(counts) > 0:
+        raise NormValueError(message("`counts` must be >= 0 with at least one above 0", f"{list(counts)}"))
+    kept = [k for k, n in enumerate(counts) if n > 0]
+    n = np.asarray([counts[k] for k in kept], dtype=np.float64)
+    mu = np.stack([np.asarray(means[k], dtype=np.float64) for k in kept])
+    var = np.stack([np.asarray(variances[k], dtype=np.float64) for k in kept])
+    share = (n / n.sum()).reshape((-1,) + (1,) * (mu.ndim - 1))
+    # Relative to the first mean: sums of small numbers, whatever the offset.
+    mean = mu[0] + ((mu - mu[0]) * share).sum(axis=0)
+    return Pooled(n.sum(), mean, ((var + (mu - mean) ** 2) * share).sum(axis=0))
+
+
+def unbiased(var: Any, count: float) -> Any:
+    """Return n/(n-1) times the biased variance (Bessel). Raises NormValueError below two values."""
+    if count < 2:
+        raise NormValueError(message("an unbiased variance needs at least 2 values", count))
+    return var * (count / (count - 1))
+
+
+def biased(var: Any, count: float) -> Any:
+    """Undo :func:`unbiased`."""
+    if count < 2:
+        raise NormValueError(message("an unbiased variance needs at least 2 values", count))
+    return var * ((count - 1) / count)
+
+
+def rate_of(momentum: float, convention: Convention) -> float:
+    """Return the weight of a new batch for a `momentum` of that framework, and the other way round.
+
+    PyTorch's momentum *is* that weight (default 0.1); Keras, Flax and ONNX mean one minus it (0.99, 0.99, 0.9). The rule
+    is its own inverse: `rate_of(rate_of(m, c), c) == m`.
+    """
+    check("rate_of", {"momentum": Real(0.0, 1.0)}, {"momentum": momentum})
+    if convention not in ("torch", "keras", "flax", "onnx"):
+        raise NormValueError(message("`convention` must be torch, keras, flax or onnx", repr(convention)))
+    return momentum if convention == "torch" else 1.0 - momentum
+
+
+def remaining(rate: float, steps: int) -> float:
+    """Return what the first value of a kept statistic still weighs after so many updates: (1 - rate)^steps."""
+    return (1.0 - rate) ** steps
+
+
+def scale_shift(gamma: Any, beta: Any, mean: Any, var: Any, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return (s, t) with (x - mean) / sqrt(var + eps) * gamma + beta = s x + t, in float64.
+
+    `gamma` and `beta` may be None. Meant for folding: for normalizing, x * s + t loses digits where |mean| >> std.
+    """
+    scale = 1.0 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
+    if gamma is not None:
+        scale = scale * np.asarray(gamma, dtype=np.float64)
+    shift = -np.asarray(mean, dtype=np.float64) * scale
+    return scale, shift if beta is None else shift + np.asarray(beta, dtype=np.float64)
+
+
+def fold_after(
+    weight: Any, bias: Any, scale: np.ndarray, shift: np.ndarray, *, axis: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fold y = scale * linear(x) + shift into the linear map before it: weight' = scale weight, bias' = scale bias + shift.
+
+    Args:
+        weight: of a linear map or convolution; `axis` is the one of its output channels (0 in PyTorch's Linear and Conv,
+            1 in its transposed convolutions, -1 in Keras).
+        bias: of shape (channels,), or None for 0.
+        scale, shift: of shape (channels,).
+
+    Returns:
+        Weight and bias in float64.
+
+    Raises:
+        NormValueError: where `scale` has not one entry per output channel.
+    """
+    w = np.asarray(weight, dtype=np.float64)
+    if scale.shape != (w.shape[axis],):
+        must = f"`scale` must have one entry for each of the {w.shape[axis]} output channels (axis {axis})"
+        raise NormValueError(message(must, f"shape {scale.shape}"))
+    shape = [1] * w.ndim
+    shape[axis] = -1
+    old = 0.0 if bias is None else np.asarray(bias, dtype=np.float64)
+    return w * scale.reshape(shape), old * scale + shift
+
+
+def groups_for(channels: int, at_most: int = 32) -> int:
+    """Return the largest number of groups, up to `at_most`, that divides `channels`.
+
+    Group norm's usual 32 groups do not divide every width: 72 channels take 24. A prime width above `at_most` takes 1
+    group, which is layer norm over all channels.
+
+    >>> groups_for(72), groups_for(64), groups_for(37)
+    (24, 32, 1)
+    """
+    check("groups_for", {"channels": Integer(1), "at_most": Integer(1)}, {"channels": channels, "at_most": at_most})
+    return max(g for g in range(1, min(channels, at_most) + 1) if channels % g == 0)

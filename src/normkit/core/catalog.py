@@ -1,0 +1,62 @@
+"""Every normalizer, once. A new one is an entry here and a short class per framework.
+
+The short names are the ones used everywhere: `normkit compare --norms batch,group`, `normkit explain batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from normkit.core.spec import NormSpec, Tracked
+from normkit.errors import NormValueError, message, nearest
+
+__all__ = ["CATALOG", "find"]
+
+# Ioffe and Szegedy evaluate with the unbiased variance, m/(m-1) times that of the batch (algorithm 2).
+_MOVING = (Tracked("mean", init=0.0), Tracked("var", init=1.0, bessel=True))
+
+BATCH = NormSpec(
+    "batch_norm", x="n c *s", over="n *s", affine="c", tracked=_MOVING, minimum=2, paper="arXiv:1502.03167"
+)
+# Groups of n samples; what is left over forms one short group. The statistics of all groups enter as one update.
+GHOST = replace(BATCH, name="ghost_batch_norm", x="(m n) c *s", paper="arXiv:1705.08741")
+# The paper keeps the standard deviation, not the variance, and no Bessel factor: training and evaluation use the same
+# number, so its bias cancels.
+RENORM = replace(
+    BATCH,
+    name="batch_renorm",
+    tracked=(Tracked("mean", init=0.0), Tracked("std", init=1.0)),
+    renorm=True,
+    paper="arXiv:1702.03275",
+)
+INSTANCE = NormSpec("instance_norm", x="n c *s", over="*s", affine="c", minimum=2, paper="arXiv:1607.08022")
+# Not in the paper, but in PyTorch: the statistics of the instances, averaged, are kept for evaluation.
+INSTANCE_TRACKED = replace(INSTANCE, tracked=_MOVING)
+GROUP = NormSpec("group_norm", x="n (g k) *s", over="k *s", affine="g k", paper="arXiv:1803.08494")
+LAYER = NormSpec("layer_norm", x="*n *c", over="*c", affine="*c", paper="arXiv:1607.06450")
+# Layer norm over the channels of each position of an image, as in ConvNeXt.
+LAYER_2D = NormSpec("layer_norm_2d", x="n c *s", over="c", affine="c", eps=1e-6, paper="arXiv:2201.03545")
+RMS = NormSpec("rms_norm", x="*n *c", over="*c", affine="*c", center=False, eps=1e-6, paper="arXiv:1910.07467")
+RMS_2D = replace(RMS, name="rms_norm_2d", x="n c *s", over="c", affine="c")
+
+CATALOG: Mapping[str, NormSpec] = MappingProxyType(
+    {
+        "batch": BATCH,
+        "ghost": GHOST,
+        "renorm": RENORM,
+        "instance": INSTANCE,
+        "group": GROUP,
+        "layer": LAYER,
+        "rms": RMS,
+    }
+)
+
+
+def find(name: str) -> NormSpec:
+    """Return the entry with this short name, or raise NormValueError with the nearest names."""
+    try:
+        return CATALOG[name]
+    except KeyError:
+        raise NormValueError(message("a normalizer must be in the catalog", repr(name), nearest(name, CATALOG))) from None
