@@ -12,14 +12,25 @@ x * scale + shift would bring the rounding of a large mean back.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from normkit.core.plan import NormPlan, affine_shape, count, kept_shape, parts, view_shape
+from normkit.core.plan import NormPlan, affine_shape, count, kept_shape, parts, product, view_shape
 from normkit.core.spec import NormSpec
 
-__all__ = ["Correction", "Gradients", "Moments", "backward", "evaluate", "merged", "normalize", "renorm", "updated"]
+__all__ = [
+    "Correction",
+    "Gradients",
+    "Moments",
+    "backward",
+    "evaluate",
+    "gained",
+    "inverse_std",
+    "merged",
+    "normalize",
+    "renorm",
+    "updated",
+]
 
 
 class Correction(NamedTuple):
@@ -37,6 +48,7 @@ class Moments(NamedTuple):
     total: Any  # sum of the weights behind each statistic; the number of values without weights
     effective: Any  # number of equally weighted values that would be as certain: sum(w)^2 / sum(w^2) (Kish)
     correction: Correction | None = None
+    weighted: bool = False  # whether `total` and `effective` are arrays
 
 
 class Gradients(NamedTuple):
@@ -83,7 +95,7 @@ def normalize(
         std = xp.sqrt(var + eps)
         correction = None if correct is None else correct(mean, std)
         outputs.append(_scaled(xp, spec, affine_shape(p, shape), deviation, 1.0 / std, gamma, beta, correction))
-        found.append(Moments(mean, var, total, effective, correction))
+        found.append(Moments(mean, var, total, effective, correction, w is not None))
     return _join(xp, p, outputs, x.shape), found
 
 
@@ -94,6 +106,20 @@ def evaluate(
     shape = kept_shape(p, tuple(x.shape))
     rstd = 1.0 / kept["std"] if "std" in kept else 1.0 / xp.sqrt(kept["var"] + eps)  # a kept std has eps inside
     return _scaled(xp, spec, shape, x - xp.reshape(kept["mean"], shape), xp.reshape(rstd, shape), gamma, beta, None)
+
+
+def inverse_std(xp: Any, spec: NormSpec, p: NormPlan, x: Any, *, eps: float) -> Any:
+    """Return 1 / sqrt(var + eps) of an input without split axes, in the shape of the input with axes of length 1."""
+    average, _, _ = _averager(xp, p, tuple(x.shape), None)
+    deviation, _ = _deviations(spec, x, average)
+    return 1.0 / xp.sqrt(average(deviation * deviation) + eps)
+
+
+def gained(xp: Any, spec: NormSpec, p: NormPlan, normalized: Any, gamma: Any) -> Any:
+    """Multiply by gamma, or by 1 + gamma; None leaves the input as it is."""
+    if gamma is None:
+        return normalized
+    return normalized * _gain(xp, spec, gamma, kept_shape(p, tuple(normalized.shape)))
 
 
 def renorm(xp: Any, kept: Mapping[str, Any], r_max: Any, d_max: Any, stop: Callable[[Any], Any]) -> Correct:
@@ -167,18 +193,18 @@ def merged(xp: Any, spec: NormSpec, p: NormPlan, moments: Sequence[Moments], *, 
     for m in moments:
         for t in spec.tracked:
             value = m.mean if t.name == "mean" else m.var if t.name == "var" else xp.sqrt(m.var + eps)
-            if hasattr(m.total, "shape"):
+            if m.weighted:
                 fewer = 1.0 - 1.0 / xp.clip(m.effective, 1.0, None) if t.bessel else 1.0
                 spread = value * 0.0  # gives a weight the shape of its statistic
                 sums[t.name] = sums[t.name] + _over_groups(xp, p, value * m.total)
                 weights[t.name] = weights[t.name] + _over_groups(xp, p, spread + m.total * fewer)
             else:
-                groups = math.prod(n for axis, n in enumerate(value.shape) if axis not in p.affine)
+                groups = product([n for axis, n in enumerate(value.shape) if axis not in p.affine])
                 sums[t.name] = sums[t.name] + _over_groups(xp, p, value) * m.total
                 weights[t.name] = weights[t.name] + groups * (m.total - 1 if t.bessel else m.total)
     least = weights[spec.tracked[-1].name]
-    if not hasattr(least, "shape"):
-        return {name: sums[name] / weights[name] for name in sums} if least > 0 else {}, least > 0
+    if not moments[0].weighted:
+        return ({name: sums[name] / weights[name] for name in sums}, True) if least > 0 else ({}, False)
     known = least > 0
     return {name: sums[name] / xp.where(known, weights[name], weights[name] + 1.0) for name in sums}, known
 
@@ -226,7 +252,7 @@ def _averager(xp: Any, p: NormPlan, shape: tuple[int, ...], weight: Any) -> tupl
         n = count(p, shape)
         return (lambda a: xp.mean(a, axis=p.reduce, keepdims=True)), n, n
     # Values of one position share its weight: the channels of a group, for example.
-    repeats = math.prod(shape[axis] for axis in p.reduce if weight.shape[axis] == 1)
+    repeats = product([shape[axis] for axis in p.reduce if weight.shape[axis] == 1])
     total = xp.sum(weight, axis=p.reduce, keepdims=True) * repeats
     squares = xp.sum(weight * weight, axis=p.reduce, keepdims=True) * repeats
     share = weight / xp.where(total > 0, total, total + 1.0)

@@ -8,7 +8,7 @@ batch size.
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from normkit.core.axes import Sizes, static, tokens
@@ -24,6 +24,7 @@ __all__ = [
     "kept_shape",
     "parts",
     "plan",
+    "product",
     "view_shape",
 ]
 
@@ -76,11 +77,24 @@ def compile_plan(spec: NormSpec, ndim: int, sizes: Sizes = ()) -> NormPlan:
 plan = functools.lru_cache(maxsize=1024)(compile_plan)
 
 
+def product(lengths: Iterable[int]) -> int:
+    """Return the product; like `math.prod`, which the PyTorch compiler cannot trace over symbolic lengths."""
+    total = 1
+    for length in lengths:
+        total = total * length
+    return total
+
+
+def _known(split: tuple[int, ...]) -> int:
+    """Return the product of the static lengths an axis is split in."""
+    return product([size for size in split if size != -1])
+
+
 def view_shape(p: NormPlan, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the input once its split axes are split; an axis of length 1 (it broadcasts) stays so."""
     lengths: list[int] = []
     for split, length in zip(p.view, shape, strict=True):
-        known = math.prod(size for size in split if size != -1)
+        known = _known(split)
         if len(split) > 1 and length == 1:
             lengths.extend(1 for _ in split)
         else:
@@ -104,7 +118,7 @@ def kept_shape(p: NormPlan, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def count(p: NormPlan, view: tuple[int, ...]) -> int:
     """Return the number of values behind each statistic."""
-    return math.prod(view[axis] for axis in p.reduce)
+    return product([view[axis] for axis in p.reduce])
 
 
 Part = tuple[int, int, tuple[int, ...]]
@@ -120,7 +134,7 @@ def parts(p: NormPlan, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return ((0, shape[0], view_shape(p, shape)),)
     length, size = shape[p.ragged], p.view[p.ragged][1]
     where = [axis for axis, split in enumerate(p.view) for _ in split]  # axis of the input behind each axis of the view
-    others = math.prod(shape[where[axis]] for axis in p.reduce if where[axis] != p.ragged)
+    others = product([shape[where[axis]] for axis in p.reduce if where[axis] != p.ragged])
     full = length // size
     short = length - full * size
     if full and short * others == 1:
@@ -141,7 +155,7 @@ def check_lengths(spec: NormSpec, p: NormPlan, shape: tuple[int, ...]) -> None:
             must = f"{spec.name}: axis {axis} of the input must have length {length}"
             raise NormValueError(message(must, f"shape {tuple(shape)}"))
     for axis, split in enumerate(p.view):
-        known = math.prod(size for size in split if size != -1)
+        known = _known(split)
         if len(split) == 2 and axis != p.ragged and shape[axis] % known:
             must = f"{spec.name}: the length of axis {axis} must be divisible by {known}"
             raise NormValueError(message(must, f"shape {tuple(shape)}"))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from normkit.core.constraints import Constraint, Flag, Integer, OneOf, Optional, Real, check
@@ -78,6 +77,10 @@ class NormSpec:
     renorm: bool = False
     minimum: int = 1
     paper: str = ""
+    # Read off the patterns once: `x`, one tuple of names per axis, and the names in `over` and `affine`.
+    axes: tuple[tuple[str, ...], ...] = field(init=False, repr=False, compare=False)
+    over_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    affine_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     CONSTRAINTS: ClassVar[Mapping[str, Constraint]] = {
         "center": Flag(),
@@ -89,29 +92,17 @@ class NormSpec:
 
     def __post_init__(self) -> None:
         check(self.name, self.CONSTRAINTS, {name: getattr(self, name) for name in self.CONSTRAINTS})
+        object.__setattr__(self, "axes", parse(self.x))
+        object.__setattr__(self, "over_names", tuple(token[0] for token in parse(self.over)))
+        object.__setattr__(self, "affine_names", tuple(token[0] for token in parse(self.affine)))
         known = {part.lstrip("*") for token in self.axes for part in token}
-        for field in ("over", "affine"):
-            unknown = {part for token in parse(getattr(self, field)) for part in token if part.lstrip("*") not in known}
+        for which, names in (("over", self.over_names), ("affine", self.affine_names)):
+            unknown = {name for name in names if name.lstrip("*") not in known}
             if unknown:
-                must = f"{self.name}: axes in `{field}` must stand in `{self.x}`"
+                must = f"{self.name}: axes in `{which}` must stand in `{self.x}`"
                 raise NormValueError(message(must, ", ".join(sorted(unknown))))
         if sum(len(token) == 1 and token[0].startswith("*") for token in self.axes) > 2:
             raise NormValueError(message(f"{self.name}: `x` must have at most two `*` axes", repr(self.x)))
-
-    @cached_property
-    def axes(self) -> tuple[tuple[str, ...], ...]:
-        """`x`, one tuple of names per axis."""
-        return parse(self.x)
-
-    @cached_property
-    def over_names(self) -> tuple[str, ...]:
-        """Names of the axes each statistic is taken over."""
-        return tuple(token[0] for token in parse(self.over))
-
-    @cached_property
-    def affine_names(self) -> tuple[str, ...]:
-        """Names of the axes of gamma, beta and the kept statistics."""
-        return tuple(token[0] for token in parse(self.affine))
 
     @property
     def first_gain(self) -> float:

@@ -1,0 +1,8 @@
+"""normkit for PyTorch: drop-in layers, functions, and a layer for every normalizer of the catalog."""
+
+from normkit.torch import functional as functional
+from normkit.torch.factory import norm_layer as norm_layer
+from normkit.torch.layers import *  # noqa: F403
+from normkit.torch.layers import __all__ as _layers
+
+__all__ = ["functional", "norm_layer", *_layers]  # noqa: PLE0604

@@ -1,0 +1,202 @@
+"""Which code runs a plan on PyTorch tensors: PyTorch's own kernel, the formula with its closed-form backward, or the
+formula in plain differentiable operations.
+
+| situation | what runs |
+|---|---|
+| eager, and a row of `_KERNELS` covers it | PyTorch's kernel |
+| eager, otherwise | `_Normalize`: the formula forward, the closed form backward; saves x, gamma and one value a statistic |
+| torch.compile, torch.func, forward AD, tensor subclasses, double backward | the formula in plain operations |
+| torch.export | PyTorch's own functions where there is one, so that what is shipped needs no normkit |
+
+All of them pass the same conformance suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normkit.core import formula
+from normkit.core.formula import Correct, Moments
+from normkit.core.plan import NormPlan, count, kept_shape, parts
+from normkit.core.spec import NormSpec
+
+__all__ = ["accumulator", "evaluate", "normalize"]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which statistics of such inputs accumulate: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def normalize(
+    spec: NormSpec,
+    p: NormPlan,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    *,
+    weight: Tensor | None = None,
+    correct: Correct | None = None,
+) -> tuple[Tensor, list[Moments]]:
+    """Normalize by the statistics of the input.
+
+    The output may still be wider than the input. Kernels return moments only where the spec tracks something.
+    """
+    simple = weight is None and correct is None and x.numel() > 0
+    if simple and torch.compiler.is_exporting() and spec.name in _EXPORTED:
+        return _EXPORTED[spec.name](p, x, gamma, beta, eps)
+    plain = torch.compiler.is_compiling() or _needs_plain(x, gamma, beta)
+    if simple and not plain and (kernel := _kernel(spec, x, gamma, beta)) is not None:
+        return kernel(p, x, gamma, beta, eps)
+    wide = accumulator(x.dtype)
+    views = parts(p, tuple(x.shape))
+    if plain or correct is not None or len(views) > 1 or not _wants_grad(x, gamma, beta):
+        wider = x.to(wide), _to(gamma, wide), _to(beta, wide)
+        return formula.normalize(torch, spec, p, *wider, eps=eps, weight=weight, correct=correct)
+    y, mean, var, total, effective = _Normalize.apply(x, gamma, beta, weight, spec, p, eps)
+    if weight is None:
+        total = effective = count(p, views[0][2])
+    return y, [Moments(mean, var, total, effective, weighted=weight is not None)]
+
+
+def evaluate(
+    spec: NormSpec, p: NormPlan, x: Tensor, kept: dict[str, Tensor], gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """Normalize by kept statistics. The output may be wider than the input."""
+    if torch.compiler.is_exporting() and "var" in kept:
+        return F.batch_norm(x, kept["mean"], kept["var"], gamma, beta, False, 0.0, eps)
+    wide = torch.promote_types(accumulator(x.dtype), kept["mean"].dtype)
+    return formula.evaluate(torch, spec, p, x.to(wide), kept, _to(gamma, wide), _to(beta, wide), eps=eps)
+
+
+class _Normalize(torch.autograd.Function):
+    """The formula over one part, with its closed-form backward: it saves x, gamma and two values a statistic."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        weight: Tensor | None,
+        spec: NormSpec,
+        p: NormPlan,
+        eps: float,
+    ) -> tuple[Tensor | None, ...]:
+        wide = accumulator(x.dtype)
+        wider = x.to(wide), _to(gamma, wide), _to(beta, wide)
+        y, (m,) = formula.normalize(torch, spec, p, *wider, eps=eps, weight=weight)
+        totals = (None, None) if weight is None else (m.total, m.effective)
+        # Statistics are saved as tensors of their own, never the buffers: several forwards before one backward are safe.
+        ctx.save_for_backward(x, gamma, beta, weight, m.mean, m.var)
+        ctx.normalizer = spec, p, eps
+        ctx.mark_non_differentiable(*(t for t in (m.mean, m.var, *totals) if t is not None))
+        ctx.set_materialize_grads(False)
+        return (y, m.mean, m.var, *totals)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dy is None:
+            return (None,) * 7
+        x, gamma, beta, weight, mean, var = ctx.saved_tensors
+        spec, p, eps = ctx.normalizer
+        wide = accumulator(x.dtype)
+        wider = x.to(wide), _to(gamma, wide), _to(beta, wide)
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # double backward: the closed form takes mean and var for constants
+            y, _ = formula.normalize(torch, spec, p, *wider, eps=eps, weight=weight)
+            wanted = [t for t, need in zip((x, gamma, beta), needs, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, dy.to(wide), create_graph=True))
+            return (*(next(found) if need else None for need in needs), None, None, None, None)
+        moments = [Moments(mean, var, None, None)]
+        wider_dy = dy.to(wide)
+        g = formula.backward(torch, spec, p, wider_dy, *wider, moments, eps=eps, weight=weight)
+        kept = (a.to(t.dtype) if need else None for a, t, need in zip(g, (x, gamma, beta), needs, strict=True))
+        return (*kept, None, None, None, None)
+
+
+Kernel = Callable[[NormPlan, Tensor, Tensor | None, Tensor | None, float], tuple[Tensor, list[Moments]]]
+
+
+def _batch_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
+    # With momentum 1 the "running" statistics are those of this batch, and may be thrown away.
+    mean, var = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    y, _, _ = torch.native_batch_norm(x, gamma, beta, mean, var, True, 1.0, eps)
+    shape, n = kept_shape(p, tuple(x.shape)), x.numel() // x.shape[1]
+    return y, [Moments(mean.reshape(shape), (var * ((n - 1) / n)).reshape(shape), n, n)]
+
+
+def _instance_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
+    return F.instance_norm(x, None, None, gamma, beta, True, 0.0, eps), []
+
+
+def _layer_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
+    return F.layer_norm(x, x.shape[p.reduce[0] :], gamma, beta, eps), []
+
+
+def _group_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
+    return F.group_norm(x, p.view[1][0], gamma, beta, eps), []
+
+
+def _rms_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
+    return F.rms_norm(x, x.shape[p.reduce[0] :], gamma, eps), []
+
+
+# PyTorch's own CPU kernels that meet the tolerance, by normalizer and layout. What is missing is missing for a reason:
+# group norm in channels_last computes E[x^2] - E[x]^2 (error 1e3 at mean/std 1e4). Devices not listed have not been
+# measured and take the formula.
+_KERNELS: dict[tuple[str, str], Kernel] = {
+    ("batch_norm", "contiguous"): _batch_norm,
+    ("batch_norm", "channels_last"): _batch_norm,
+    ("instance_norm", "contiguous"): _instance_norm,
+    ("layer_norm", "contiguous"): _layer_norm,
+    ("layer_norm", "channels_last"): _layer_norm,
+    ("group_norm", "contiguous"): _group_norm,
+}
+_KERNEL_DTYPES = (torch.float32, torch.float64)
+
+# PyTorch's own functions where a program is exported: the operations that other runtimes know.
+_EXPORTED: dict[str, Kernel] = {
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "rms_norm": _rms_norm,
+}
+
+
+def _kernel(spec: NormSpec, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Kernel | None:
+    """Return PyTorch's kernel for this case, if a row of the table covers it."""
+    if x.device.type != "cpu" or x.dtype not in _KERNEL_DTYPES:
+        return None
+    if any(t is not None and t.dtype != x.dtype for t in (gamma, beta)):
+        return None
+    if spec.name == "instance_norm" and spec.tracked:
+        return None  # F.instance_norm does not return the statistics
+    layout = "contiguous" if x.is_contiguous() else "other"
+    if layout == "other" and x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]):
+        layout = "channels_last"
+    return _KERNELS.get((spec.name, layout))
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _needs_plain(*tensors: Tensor | None) -> bool:
+    """Whether something other than eager autograd is watching: then only plain operations are understood."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)

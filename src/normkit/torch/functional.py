@@ -1,0 +1,574 @@
+"""The normalizers as functions: PyTorch's own argument order first, ours keyword only behind it.
+
+All compute y = act(normalized * gamma + beta + residual). Statistics accumulate in float32 or wider and the output has the
+type of the input. `mask` is boolean, True = real data, broadcastable to the input without its channel axis: other
+positions stay out of the statistics, their output is 0 and they get no gradient. `sample_weight` (real, >= 0, of shape (N,)
+or like `mask`) weighs positions in the statistics; only its proportions count, so the variance's Bessel factor uses
+n = sum(w)^2 / sum(w^2). Errors are NormValueError and NormTypeError, which are ValueError and TypeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normkit.core import catalog, formula, plan
+from normkit.core.axes import Sizes
+from normkit.core.plan import NormPlan
+from normkit.core.schedule import RenormSchedule
+from normkit.core.spec import NormSpec, Tracked
+from normkit.errors import NormTypeError, NormValueError, message, nearest
+from normkit.torch._buffers import keep
+from normkit.torch._execute import accumulator, evaluate, normalize
+
+__all__ = [
+    "ACTIVATIONS",
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "batch_renorm",
+    "ghost_batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "layer_norm_2d",
+    "rms_norm",
+    "rms_norm_2d",
+]
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+}
+
+
+def _biased(spec: NormSpec) -> NormSpec:
+    return replace(spec, tracked=tuple(replace(t, bessel=False) for t in spec.tracked))
+
+
+_SPECS = {(s, True): s for s in (catalog.BATCH, catalog.GHOST, catalog.INSTANCE_TRACKED)}
+_SPECS |= {(s, False): _biased(s) for s, _ in list(_SPECS)}
+_GAINS = {
+    (s, gain): replace(s, gain=gain) for s in (catalog.RMS, catalog.RMS_2D) for gain in ("w", "1+w")
+}
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    bessel: bool = True,
+    nonfinite: str = "skip",
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Batch normalization over all axes but the second (arXiv:1502.03167).
+
+    In training, and wherever there are no running statistics, by the mean and biased variance of the batch; then
+    `running_* += momentum * (batch - running_*)` in place, with the unbiased variance unless `bessel=False`. `momentum=None`
+    averages all batches equally and needs `num_batches_tracked`. In evaluation by the running statistics.
+
+    Shapes: input (N, C, *S); running_mean, running_var, weight, bias (C,).
+
+    Raises:
+        NormValueError: for one value per channel in training, and for shapes that do not fit.
+    """
+    return _tracked(
+        _SPECS[catalog.BATCH, bessel],
+        input,
+        _kept(running_mean, var=running_var),
+        num_batches_tracked,
+        weight,
+        bias,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        nonfinite=nonfinite,
+        mask=mask,
+        sample_weight=sample_weight,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def ghost_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    virtual_batch_size: int,
+    num_batches_tracked: Tensor | None = None,
+    bessel: bool = True,
+    nonfinite: str = "skip",
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Batch normalization in groups of `virtual_batch_size` consecutive samples (arXiv:1705.08741).
+
+    Samples left over form one short group (a single value joins the group before it). The statistics of all groups enter
+    the running ones as one update: means weighted by size, variances pooled, sum(n var) / sum(n - 1). The paper makes one
+    update per group instead. Evaluation is that of :func:`batch_norm`.
+
+    Shapes: as :func:`batch_norm`.
+    """
+    return _tracked(
+        _SPECS[catalog.GHOST, bessel],
+        input,
+        _kept(running_mean, var=running_var),
+        num_batches_tracked,
+        weight,
+        bias,
+        sizes=(("n", virtual_batch_size),),
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        nonfinite=nonfinite,
+        mask=mask,
+        sample_weight=sample_weight,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def batch_renorm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_std: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.01,
+    eps: float = 1e-5,
+    *,
+    r_max: float | Tensor = 3.0,
+    d_max: float | Tensor = 5.0,
+    num_batches_tracked: Tensor | None = None,
+    nonfinite: str = "skip",
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Batch renormalization (arXiv:1702.03275): the batch statistics, corrected towards the running ones.
+
+    In training normalized = (x - mean) / std * r + d with std = sqrt(var + eps), r = clip(std / running_std, 1/r_max,
+    r_max) and d = clip((mean - running_mean) / running_std, -d_max, d_max), which are constants of the backward pass.
+    Within the clips that is what evaluation, (x - running_mean) / running_std, computes. The running statistics used are
+    those before this batch; the standard deviation itself is averaged, without Bessel's factor, as in the paper.
+
+    Shapes: input (N, C, *S); running_mean, running_std, weight, bias (C,).
+    """
+    return _tracked(
+        catalog.RENORM,
+        input,
+        _kept(running_mean, std=running_std),
+        num_batches_tracked,
+        weight,
+        bias,
+        clips=(r_max, d_max),
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        nonfinite=nonfinite,
+        mask=mask,
+        sample_weight=sample_weight,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    bessel: bool = True,
+    nonfinite: str = "skip",
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Instance normalization: each channel of each sample over its positions (arXiv:1607.08022).
+
+    Where running statistics are given they follow the average over the instances, as in PyTorch; `use_input_stats=False`
+    normalizes by them.
+
+    Shapes: input (N, C, *S); the rest (C,).
+
+    Raises:
+        NormValueError: for maps of a single position, which have no variance.
+    """
+    return _tracked(
+        _SPECS[catalog.INSTANCE_TRACKED, bessel],
+        input,
+        _kept(running_mean, var=running_var),
+        num_batches_tracked,
+        weight,
+        bias,
+        untracked=catalog.INSTANCE,
+        training=use_input_stats,
+        momentum=momentum,
+        eps=eps,
+        nonfinite=nonfinite,
+        mask=mask,
+        sample_weight=sample_weight,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Layer normalization over the last axes, those of `normalized_shape` (arXiv:1607.06450).
+
+    Shapes: input (*, *normalized_shape); weight and bias normalized_shape. A single value normalizes to 0, so its output
+    is the bias.
+    """
+    return _untracked(catalog.LAYER, _trailing(normalized_shape), input, weight, bias, eps, activation, residual)
+
+
+def layer_norm_2d(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Layer normalization over the channels of each position of (N, C, *S), as in ConvNeXt (arXiv:2201.03545).
+
+    Shapes: input (N, C, *S); weight and bias (C,).
+    """
+    return _untracked(catalog.LAYER_2D, (), input, weight, bias, eps, activation, residual)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Group normalization: groups of channels of each sample over their channels and positions (arXiv:1803.08494).
+
+    Shapes: input (N, C, *S) with C divisible by `num_groups`; weight and bias (C,). A group of a single value normalizes
+    to 0, whatever the batch size.
+    """
+    sizes = (("g", num_groups),)
+    return _untracked(
+        catalog.GROUP, sizes, input, weight, bias, eps, activation, residual, mask=mask, sample_weight=sample_weight
+    )
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    gain: str = "w",
+    cast: str = "gemma",
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Root mean square normalization, x / sqrt(mean(x^2) + eps) * gamma, over the last axes (arXiv:1910.07467).
+
+    `gain="1+w"` multiplies by 1 + weight. `eps=None` is the machine epsilon of the accumulator, as in PyTorch. `cast` says
+    where half precision is rounded: "gemma" after the gain (PyTorch's own way), "llama" before it, "none" applies the
+    inverse root mean square in the input's type; the mean square itself always accumulates in float32.
+
+    Shapes: input (*, *normalized_shape); weight normalized_shape.
+    """
+    sizes = _trailing(normalized_shape)
+    return _rms(catalog.RMS, sizes, input, weight, eps, gain, cast, activation, residual)
+
+
+def rms_norm_2d(
+    input: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    gain: str = "w",
+    cast: str = "gemma",
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """:func:`rms_norm` over the channels of each position. Shapes: input (N, C, *S); weight (C,)."""
+    return _rms(catalog.RMS_2D, (), input, weight, eps, gain, cast, activation, residual)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Return (layer_norm(x + residual), x + residual): the step between two blocks of a pre-norm transformer."""
+    total = x + residual
+    return layer_norm(total, normalized_shape, weight, bias, eps), total
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    gain: str = "w",
+    cast: str = "gemma",
+) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(x + residual), x + residual)."""
+    total = x + residual
+    return rms_norm(total, normalized_shape, weight, eps, gain=gain, cast=cast), total
+
+
+# A symbolic trace keeps these calls as they are: what they check and choose depends on real tensors.
+for _name in __all__[1:]:
+    torch.fx.wrap(_name)
+
+
+def _tracked(
+    spec: NormSpec,
+    input: Tensor,
+    kept: dict[str, Tensor] | None,
+    number: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    nonfinite: str,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    sizes: Sizes = (),
+    clips: tuple[Any, Any] | None = None,
+    untracked: NormSpec | None = None,
+) -> Tensor:
+    """Run a normalizer whose statistics may be kept: by those of the input, or by the kept ones."""
+    p = _plan(spec, input, sizes)
+    _check_affine(spec, p, input, weight, bias, kept)
+    x, real, w = _weighted(spec, p, input, mask, sample_weight)
+    if kept is not None and not training:
+        y = evaluate(spec, p, x, kept, weight, bias, eps)
+        return _finish(y, input, real, activation, residual)
+    _check_values(spec, p, input)
+    chosen = spec if kept is not None or untracked is None else untracked
+    correct = None
+    if clips is not None and kept is not None:
+        correct = formula.renorm(torch, kept, *clips, stop=Tensor.detach)
+    y, moments = normalize(chosen, p, x, weight, bias, eps, weight=w, correct=correct)
+    if kept is not None:
+        keep(spec, p, kept, number, moments, momentum=momentum, eps=eps, nonfinite=nonfinite)
+    return _finish(y, input, real, activation, residual)
+
+
+def _untracked(
+    spec: NormSpec,
+    sizes: Sizes,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    p = _plan(spec, input, sizes)
+    _check_affine(spec, p, input, weight, bias, None)
+    x, real, w = _weighted(spec, p, input, mask, sample_weight)
+    y, _ = normalize(spec, p, x, weight, bias, eps, weight=w)
+    return _finish(y, input, real, activation, residual)
+
+
+def _rms(
+    spec: NormSpec,
+    sizes: Sizes,
+    input: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    gain: str,
+    cast: str,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    try:
+        spec = _GAINS[spec, gain]
+    except KeyError:
+        raise NormValueError(message("`gain` must be 'w' or '1+w'", repr(gain))) from None
+    p = _plan(spec, input, sizes)
+    _check_affine(spec, p, input, weight, None, None)
+    small = torch.finfo(accumulator(input.dtype)).eps if eps is None else eps
+    if cast == "gemma" or input.dtype == accumulator(input.dtype):
+        y, _ = normalize(spec, p, input, weight, None, small)
+    elif cast == "llama":
+        y, _ = normalize(spec, p, input, None, None, small)
+        y = formula.gained(torch, spec, p, y.to(input.dtype), weight)
+    elif cast == "none":
+        rstd = formula.inverse_std(torch, spec, p, input.to(accumulator(input.dtype)), eps=small)
+        y = formula.gained(torch, spec, p, input * rstd.to(input.dtype), weight)
+    else:
+        raise NormValueError(message("`cast` must be 'llama', 'gemma' or 'none'", repr(cast)))
+    return _finish(y, input, None, activation, residual)
+
+
+def _trailing(normalized_shape: Sequence[int] | int) -> Sizes:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape:
+        raise NormValueError(message("`normalized_shape` must have at least one axis", shape))
+    return (("*c", shape),)
+
+
+def _kept(mean: Tensor | None, **spread: Tensor | None) -> dict[str, Tensor] | None:
+    ((name, value),) = spread.items()
+    if (mean is None) != (value is None):
+        given = "running_mean" if value is None else f"running_{name}"
+        raise NormValueError(message(f"running_mean and running_{name} must be given together", f"only {given}"))
+    return None if mean is None or value is None else {"mean": mean, name: value}
+
+
+def _plan(spec: NormSpec, input: Tensor, sizes: Sizes) -> NormPlan:
+    if not isinstance(input, Tensor) or not input.is_floating_point():
+        kind = str(input.dtype) if isinstance(input, Tensor) else type(input).__name__
+        raise NormTypeError(message(f"{spec.name}: the input must be a floating point tensor", kind))
+    compiling = torch.compiler.is_compiling()  # the cache of `plan` cannot be traced
+    p = (plan.compile_plan if compiling else plan.plan)(spec, input.dim(), sizes)
+    plan.check_lengths(spec, p, tuple(input.shape))
+    return p
+
+
+def _check_affine(
+    spec: NormSpec,
+    p: NormPlan,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Mapping[str, Tensor] | None,
+) -> None:
+    """Refuse parameters and statistics of another length than the input's channels."""
+    expected = plan.product(plan.kept_shape(p, tuple(input.shape)))
+    named = {"weight": weight, "bias": bias, **{f"running_{name}": t for name, t in (kept or {}).items()}}
+    for name, t in named.items():
+        if t is not None and t.numel() != expected:
+            must = f"{spec.name}: `{name}` must have {expected} values for an input of shape {tuple(input.shape)}"
+            axes = spec.x.replace("(m n)", "n").replace("(g k)", "c")
+            raise NormValueError(message(must, t.numel(), f"the input's axes are `{axes}`, gamma's `{spec.affine}`"))
+
+
+def _check_values(spec: NormSpec, p: NormPlan, input: Tensor) -> None:
+    """Refuse statistics of a single value where values are samples or positions."""
+    if spec.minimum < 2:
+        return
+    for _, _, view in plan.parts(p, tuple(input.shape)):
+        n = plan.count(p, view)
+        if n == 1:
+            must = f"{spec.name}: training needs at least {spec.minimum} values per channel"
+            ways = "drop_last=True in the DataLoader, a larger batch, .eval(), or a GroupNorm"
+            if "n" not in spec.over_names:
+                must = f"{spec.name}: a map needs at least {spec.minimum} positions"
+                ways = "normalize before pooling to 1x1, or use a LayerNorm or GroupNorm"
+            raise NormValueError(message(must, f"1 for an input of shape {tuple(input.shape)}", ways))
+
+
+def _weighted(
+    spec: NormSpec, p: NormPlan, input: Tensor, mask: Tensor | None, sample_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return (input with masked positions 0, mask, weights), the latter two with a channel axis of length 1 or None."""
+    if mask is None and sample_weight is None:
+        return input, None, None
+    target = (input.shape[0], *input.shape[2:])
+    wide = accumulator(input.dtype)
+    real = weight = None
+    if sample_weight is not None:
+        if sample_weight.dim() == 1 and sample_weight.shape[0] == input.shape[0]:
+            sample_weight = sample_weight.reshape(-1, *(1 for _ in input.shape[2:]))
+        weight = _placed("sample_weight", sample_weight, target, input).to(wide).detach()
+        if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            if not bool(((weight >= 0) & weight.isfinite()).all()):
+                raise NormValueError(message("`sample_weight` must be finite and >= 0", float(weight.min())))
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            hint = "True marks real data: mask.bool(), or ~mask for a padding mask"
+            raise NormTypeError(message("`mask` must be boolean", str(mask.dtype), hint))
+        real = _placed("mask", mask, target, input)
+        # Replaced, not multiplied: what stands in the padding may be NaN.
+        input = torch.where(real, input, 0.0)
+        weight = real.to(wide) if weight is None else torch.where(real, weight, 0.0)
+    return input, real, weight
+
+
+def _placed(name: str, t: Tensor, target: tuple[int, ...], input: Tensor) -> Tensor:
+    """Return `t` in the shape of the input with a channel axis of length 1."""
+    try:
+        return t.expand(target).unsqueeze(1)
+    except RuntimeError:
+        must = f"`{name}` must broadcast to {tuple(target)}, the input's shape {tuple(input.shape)} without its channel axis"
+        raise NormValueError(message(must, f"shape {tuple(t.shape)}")) from None
+
+
+def _finish(y: Tensor, input: Tensor, real: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    if residual is not None:
+        if residual.shape != input.shape:
+            got = f"{tuple(residual.shape)} and {tuple(input.shape)}"
+            raise NormValueError(message("`residual` must have the shape of the input", got))
+        y = y + residual
+    if activation is not None:
+        if activation not in ACTIVATIONS:
+            raise NormValueError(message("`activation` must be known", repr(activation), nearest(activation, ACTIVATIONS)))
+        y = ACTIVATIONS[activation](y)
+    if real is not None:
+        y = torch.where(real, y, 0.0)
+    return y.to(input.dtype)
