@@ -167,7 +167,7 @@ def backward(
         normalized = _recentred(spec, v, m.mean, average) * rstd
         gain = 1.0 if gamma is None else _gain(xp, spec, gamma, affine_shape(p, shape))
         gh = g * gain if m.correction is None else g * gain * m.correction.r
-        share = 1.0 / total if w is None else w / xp.where(total > 0, total, total + 1.0)
+        share = 1.0 / max(total, 1) if w is None else w / xp.where(total > 0, total, total + 1.0)
         along = xp.sum(gh * normalized, axis=p.reduce, keepdims=True)
         dx = gh - share * normalized * along
         if spec.center:

@@ -38,7 +38,9 @@ def keep(
         return
     with torch.no_grad():
         batch, known = formula.merged(torch, spec, p, moments, eps=eps)
-        if known is False:
+        if known is False:  # an empty batch: PyTorch counts it, and so do we where the count weighs nothing
+            if count is not None and momentum is not None:
+                _write([(count, count + 1)])
             return
         if count is None or momentum is not None:
             rate: Any = 0.0 if momentum is None else momentum

@@ -31,7 +31,7 @@ __all__ = ["accumulator", "evaluate", "normalize"]
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which statistics of such inputs accumulate: float32 or wider."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def normalize(
@@ -72,7 +72,7 @@ def evaluate(
     """Normalize by kept statistics. The output may be wider than the input."""
     if torch.compiler.is_exporting() and "var" in kept:
         return F.batch_norm(x, kept["mean"], kept["var"], gamma, beta, False, 0.0, eps)
-    wide = torch.promote_types(accumulator(x.dtype), kept["mean"].dtype)
+    wide = torch.float64 if kept["mean"].dtype == torch.float64 else accumulator(x.dtype)
     return formula.evaluate(torch, spec, p, x.to(wide), kept, _to(gamma, wide), _to(beta, wide), eps=eps)
 
 

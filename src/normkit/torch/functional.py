@@ -571,4 +571,4 @@ def _finish(y: Tensor, input: Tensor, real: Tensor | None, activation: str | Non
         y = ACTIVATIONS[activation](y)
     if real is not None:
         y = torch.where(real, y, 0.0)
-    return y.to(input.dtype)
+    return y if y.dtype == input.dtype else y.to(input.dtype)

@@ -730,8 +730,16 @@ class NormAct(nn.Module):
         self.norm = norm
         self.activation = activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, **options: Tensor | None) -> Tensor:
-        """Normalize, add, activate. `options` go to the norm: `mask=`, `sample_weight=` where it has them."""
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Normalize, add, activate. `mask` and `sample_weight` go to the norm, which must know them."""
+        given = {"mask": mask, "sample_weight": sample_weight}
+        options = {name: value for name, value in given.items() if value is not None}
         if _fusable(self.norm) and not isinstance(x, torch.fx.Proxy):
             return self.norm._run(x, residual=residual, activation=self.activation, **options)
         y = self.norm(x, **options)

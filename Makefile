@@ -1,0 +1,37 @@
+# make demo      compare normalizations on handwritten digits: a sentence, a table, a report
+# make test      lint, types and tests, with the time of each area
+# make test-all  the same, and the tests marked long
+# make format    rewrite the code in its own style
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all check format clean
+
+demo: $(READY)
+	$(BIN)/normkit compare cnn --data digits
+
+test: check
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: check
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/normkit/csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build normkit-report

@@ -1,0 +1,36 @@
+"""Time spent per area, printed beside its budget at the end of every run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# Seconds on two cores. Areas are the folders of this directory.
+BUDGETS = {"core": 60, "torch": 240, "conformance": 240, "experiments": 60, "cli": 60, "docs": 60, "project": 60}
+SHARED = {"torch": "torch", "conformance": "torch"}  # areas that share a budget
+_spent: dict[str, float] = defaultdict(float)
+_count: dict[str, int] = defaultdict(int)
+
+
+def area_of(nodeid: str) -> str:
+    parts = Path(nodeid.split("::")[0]).parts
+    inside = parts[1:] if parts and parts[0] == HERE.name else parts
+    return inside[0] if len(inside) > 1 else "project"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _spent[area_of(report.nodeid)] += report.duration
+    _count[area_of(report.nodeid)] += report.when == "call"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("time per area")
+    for area in sorted(_spent):
+        budget = BUDGETS.get(area)
+        seconds = sum(s for a, s in _spent.items() if SHARED.get(a, a) == SHARED.get(area, area))
+        mark = "no budget" if budget is None else "over budget" if seconds > budget else "ok"
+        line = f"{area:12} {_count[area]:5} tests {_spent[area]:7.1f} s of {budget} s  {mark}"
+        terminalreporter.write_line(line)
