@@ -150,6 +150,16 @@ class _BatchNorm(_Tracking):
 
     Raises:
         NormValueError: in training with one value per channel; for inputs that do not fit.
+
+    >>> layer = BatchNorm1d(2)
+    >>> x = torch.tensor([[1.0, 200.0], [2.0, 220.0], [3.0, 180.0], [6.0, 200.0]])
+    >>> layer(x).detach().round(decimals=2) + 0.0
+    tensor([[-1.0700,  0.0000],
+            [-0.5300,  1.4100],
+            [ 0.0000, -1.4100],
+            [ 1.6000,  0.0000]])
+    >>> layer.running_mean, layer.eval()(x[:1]).detach()  # after one step evaluation is far off
+    (tensor([ 0.3000, 20.0000]), tensor([[ 0.5988, 34.2831]]))
     """
 
     def __init__(
@@ -207,6 +217,8 @@ class _GhostBatchNorm(_BatchNorm):
     (means weighted by size, variances pooled), where the paper makes one update per group. Evaluation, parameters, buffers
     and `state_dict` are those of batch norm.
 
+    Shapes: input (N, C) or (N, C, *S) as the name says, output the same; everything else (C,).
+
     Args:
         num_features: channels C.
         eps, momentum, affine, track_running_stats, device, dtype: as batch norm.
@@ -215,6 +227,10 @@ class _GhostBatchNorm(_BatchNorm):
 
     Raises:
         NormValueError: as batch norm.
+
+    >>> layer = GhostBatchNorm1d(1, virtual_batch_size=2)
+    >>> layer(torch.tensor([[1.0], [3.0], [100.0], [300.0]])).detach().flatten().round(decimals=2)
+    tensor([-1.,  1., -1.,  1.])
     """
 
     def __init__(
@@ -306,6 +322,11 @@ class _BatchRenorm(WideBuffers, _Layer):
 
     Raises:
         NormValueError: in training with one value per channel; for inputs that do not fit.
+
+    >>> from normkit.core.schedule import RenormSchedule
+    >>> layer = BatchRenorm2d(64, momentum=0.05, schedule=RenormSchedule.for_steps(1000))
+    >>> layer(torch.randn(4, 64, 8, 8)).shape
+    torch.Size([4, 64, 8, 8])
     """
 
     _dims: ClassVar[tuple[int, ...]]
@@ -424,6 +445,11 @@ class _InstanceNorm(_Tracking):
 
     Raises:
         NormValueError: for maps of one position, which have no variance; for inputs that do not fit.
+
+    >>> images = torch.rand(2, 3, 8, 8)
+    >>> darker = 0.2 * images + 0.1  # another contrast and brightness: the same output
+    >>> torch.allclose(InstanceNorm2d(3, eps=1e-9)(images), InstanceNorm2d(3, eps=1e-9)(darker), atol=1e-4)
+    True
     """
 
     def __init__(
@@ -500,6 +526,9 @@ class LayerNorm(_Layer, nn.LayerNorm):
 
     Raises:
         NormValueError: where the input's last axes are not `normalized_shape`.
+
+    >>> LayerNorm(4)(torch.tensor([1.0, 2.0, 3.0, 6.0])).detach().round(decimals=2) + 0.0
+    tensor([-1.0700, -0.5300,  0.0000,  1.6000])
     """
 
     def __init__(
@@ -536,6 +565,10 @@ class LayerNorm2d(LayerNorm):
 
     Raises:
         NormValueError: for inputs without the channels in the second axis.
+
+    >>> y = LayerNorm2d(16)(torch.randn(2, 16, 4, 4))
+    >>> y.mean(dim=1).abs().max() < 1e-5
+    tensor(True)
     """
 
     def __init__(
@@ -578,6 +611,10 @@ class GroupNorm(_Layer, nn.GroupNorm):
 
     Raises:
         NormValueError: where groups do not divide channels; for inputs that do not fit.
+
+    >>> import normkit
+    >>> GroupNorm(normkit.groups_for(72), 72)
+    GroupNorm(24, 72, eps=1e-05, affine=True, bias=True)
     """
 
     def __init__(
@@ -629,6 +666,9 @@ class RMSNorm(_Layer, nn.RMSNorm):
 
     Raises:
         NormValueError: where the input's last axes are not `normalized_shape`.
+
+    >>> RMSNorm(2, eps=1e-6)(torch.tensor([3.0, 4.0])).detach()  # 3 and 4 over the root of 12.5
+    tensor([0.8485, 1.1314])
     """
 
     def __init__(
@@ -678,6 +718,9 @@ class RMSNorm2d(RMSNorm):
 
     Raises:
         NormValueError: for inputs without the channels in the second axis.
+
+    >>> RMSNorm2d(16)(torch.randn(2, 16, 4, 4)).shape
+    torch.Size([2, 16, 4, 4])
     """
 
     def __init__(
@@ -718,6 +761,11 @@ class NormAct(nn.Module):
 
     Raises:
         NormValueError: for an unknown activation, with the nearest names.
+
+    >>> block = NormAct(BatchNorm2d(16), "silu")
+    >>> x = torch.randn(2, 16, 4, 4)
+    >>> block(x, residual=x).shape, isinstance(block.norm, nn.BatchNorm2d)
+    (torch.Size([2, 16, 4, 4]), True)
     """
 
     def __init__(self, norm: nn.Module, activation: str = "relu") -> None:
