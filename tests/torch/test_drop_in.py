@@ -203,3 +203,26 @@ def test_layer_of_another_framework_version_keeps_its_bias_choice():
     assert nk.BatchNorm2d(4, bias=False).bias is None
     assert nk.GroupNorm(2, 4, bias=False).bias is None
     assert nk.LayerNorm(4, bias=False).bias is None
+
+
+def test_torchs_own_tools_accept_the_layers():
+    conv, bn = nn.Conv2d(3, 6, 3), nk.BatchNorm2d(6)
+    x = torch.randn(8, 3, 7, 7)
+    for _ in range(3):
+        bn(conv(x))
+    bn.eval()
+    fused = nn.utils.fusion.fuse_conv_bn_eval(conv.eval(), bn)
+    torch.testing.assert_close(fused(x), bn(conv(x)), rtol=0, atol=1e-5)
+    assert isinstance(nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(bn))[0], nn.SyncBatchNorm)
+    model = nn.Sequential(nk.BatchNorm2d(3))
+    torch.optim.swa_utils.update_bn([x[:4], x[4:]], model)
+    torch.testing.assert_close(model[0].running_mean, x.mean((0, 2, 3)), rtol=0, atol=1e-6)
+    assert model[0].momentum == 0.1
+
+
+def test_instance_norm_warns_of_other_channels_like_torch():
+    for layer in (nk.InstanceNorm2d(4), nn.InstanceNorm2d(4)):
+        with pytest.warns(UserWarning, match="num_features"):
+            layer(torch.randn(2, 6, 3, 3))
+    with pytest.raises(ValueError, match="must have 6 values"):
+        nk.InstanceNorm2d(4, affine=True)(torch.randn(2, 6, 3, 3))

@@ -159,6 +159,13 @@ def test_symbolic_trace_keeps_the_layer_and_its_mode(name):
         torch.testing.assert_close(traced.train(mode)(x), model.train(mode)(x))
 
 
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - {"BatchRenorm2d", "NormAct"}))
+def test_symbolic_trace_of_a_layer_alone(name):
+    """A root is always traced through: one call of our function remains."""
+    made = layer(name, False, torch.float32)
+    torch.testing.assert_close(torch.fx.symbolic_trace(made)(data(torch.float32)), made(data(torch.float32)))
+
+
 def test_symbolic_trace_through_the_functions():
     class Own(nn.Module):
         def forward(self, x):

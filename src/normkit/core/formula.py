@@ -188,25 +188,49 @@ def merged(xp: Any, spec: NormSpec, p: NormPlan, moments: Sequence[Moments], *, 
     behind them, variances pooled, sum(n var) / sum(n - 1) with Bessel's factor, so a group of one value, which knows
     nothing of the variance, weighs nothing. Spread between groups is left out: training normalizes without it too.
     """
-    sums: dict[str, Any] = {t.name: 0.0 for t in spec.tracked}
-    weights: dict[str, Any] = {t.name: 0.0 for t in spec.tracked}
-    for m in moments:
-        for t in spec.tracked:
-            value = m.mean if t.name == "mean" else m.var if t.name == "var" else xp.sqrt(m.var + eps)
-            if m.weighted:
-                fewer = 1.0 - 1.0 / xp.clip(m.effective, 1.0, None) if t.bessel else 1.0
-                spread = value * 0.0  # gives a weight the shape of its statistic
-                sums[t.name] = sums[t.name] + _over_groups(xp, p, value * m.total)
-                weights[t.name] = weights[t.name] + _over_groups(xp, p, spread + m.total * fewer)
-            else:
-                groups = product([n for axis, n in enumerate(value.shape) if axis not in p.affine])
-                sums[t.name] = sums[t.name] + _over_groups(xp, p, value) * m.total
-                weights[t.name] = weights[t.name] + groups * (m.total - 1 if t.bessel else m.total)
-    least = weights[spec.tracked[-1].name]
-    if not moments[0].weighted:
-        return ({name: sums[name] / weights[name] for name in sums}, True) if least > 0 else ({}, False)
-    known = least > 0
-    return {name: sums[name] / xp.where(known, weights[name], weights[name] + 1.0) for name in sums}, known
+    return (_merged_weighted if moments[0].weighted else _merged_counted)(xp, spec, p, moments, eps)
+
+
+def _seen(xp: Any, name: str, m: Moments, eps: float) -> Any:
+    return m.mean if name == "mean" else m.var if name == "var" else xp.sqrt(m.var + eps)
+
+
+def _merged_counted(
+    xp: Any, spec: NormSpec, p: NormPlan, moments: Sequence[Moments], eps: float
+) -> tuple[dict[str, Any], Any]:
+    """Merge without weights, where all counts are plain numbers."""
+    values: dict[str, Any] = {}
+    for t in spec.tracked:
+        groups = [product([n for axis, n in enumerate(m.var.shape) if axis not in p.affine]) for m in moments]
+        weight = sum(g * (m.total - 1 if t.bessel else m.total) for g, m in zip(groups, moments, strict=True))
+        if weight <= 0:
+            return {}, False
+        for g, m in zip(groups, moments, strict=True):
+            value = _seen(xp, t.name, m, eps)
+            flat = tuple(value.shape[axis] for axis in p.affine)
+            value = xp.reshape(value, flat) if g == 1 else _over_groups(xp, p, value)
+            part = value if m.total == weight else value * (m.total / weight)
+            values[t.name] = _added(values.get(t.name), part)
+    return values, True
+
+
+def _merged_weighted(
+    xp: Any, spec: NormSpec, p: NormPlan, moments: Sequence[Moments], eps: float
+) -> tuple[dict[str, Any], Any]:
+    """Merge with weights, where totals are arrays and some may be 0."""
+    values: dict[str, Any] = {}
+    known: Any = None
+    for t in spec.tracked:
+        total = weight = None
+        for m in moments:
+            value = _seen(xp, t.name, m, eps)
+            fewer = 1.0 - 1.0 / xp.clip(m.effective, 1.0, None) if t.bessel else 1.0
+            total = _added(total, _over_groups(xp, p, value * m.total))
+            # times 0: the weight in the shape of the statistic, to be summed with it
+            weight = _added(weight, _over_groups(xp, p, value * 0.0 + m.total * fewer))
+        known = weight > 0
+        values[t.name] = total / xp.where(known, weight, weight + 1.0)
+    return values, known
 
 
 def updated(

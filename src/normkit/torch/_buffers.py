@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,15 @@ def keep(
             rate: Any = 0.0 if momentum is None else momentum
         else:
             rate = 1.0 / (count + 1).to(torch.float64 if count.device.type != "mps" else torch.float32)
+        direct = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        if direct and known is True and kept["mean"].device.type == "cpu":  # a look at the values costs nothing here
+            if nonfinite == "skip" and not all(math.isfinite(v.sum(dtype=torch.float64).item()) for v in batch.values()):
+                return
+            new = formula.updated(torch, spec, kept, batch, known, rate)
+            _write([(kept[name], value) for name, value in new.items()])
+            if count is not None:
+                count.add_(1)
+            return
         new = formula.updated(torch, spec, kept, batch, known, rate)
         counted = torch.ones((), dtype=torch.bool, device=kept["mean"].device) if known is True else known.any()
         if nonfinite == "skip":

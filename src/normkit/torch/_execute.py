@@ -51,10 +51,10 @@ def normalize(
     """
     simple = weight is None and correct is None and x.numel() > 0
     if simple and torch.compiler.is_exporting() and spec.name in _EXPORTED:
-        return _EXPORTED[spec.name](p, x, gamma, beta, eps)
+        return _EXPORTED[spec.name](p, x, _whole_gain(spec, gamma), beta, eps)
     plain = torch.compiler.is_compiling() or _needs_plain(x, gamma, beta)
     if simple and not plain and (kernel := _kernel(spec, x, gamma, beta)) is not None:
-        return kernel(p, x, gamma, beta, eps)
+        return kernel(p, x, _whole_gain(spec, gamma), beta, eps)
     wide = accumulator(x.dtype)
     views = parts(p, tuple(x.shape))
     if plain or correct is not None or len(views) > 1 or not _wants_grad(x, gamma, beta):
@@ -72,6 +72,13 @@ def evaluate(
     """Normalize by kept statistics. The output may be wider than the input."""
     if torch.compiler.is_exporting() and "var" in kept:
         return F.batch_norm(x, kept["mean"], kept["var"], gamma, beta, False, 0.0, eps)
+    tensors = (*kept.values(), gamma, beta)
+    plain = torch.compiler.is_compiling() or _needs_plain(x, *tensors)
+    if not plain and "var" in kept and _layout(x) != "other" and _kernel_types(x, *tensors):
+        # PyTorch's kernel computes x * scale + shift; on the deviation that keeps its digits.
+        mean = kept["mean"]
+        deviation = x - mean.reshape(kept_shape(p, tuple(x.shape)))
+        return F.batch_norm(deviation, torch.zeros_like(mean), kept["var"], gamma, beta, False, 0.0, eps)
     wide = torch.float64 if kept["mean"].dtype == torch.float64 else accumulator(x.dtype)
     return formula.evaluate(torch, spec, p, x.to(wide), kept, _to(gamma, wide), _to(beta, wide), eps=eps)
 
@@ -149,18 +156,28 @@ def _rms_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None,
     return F.rms_norm(x, x.shape[p.reduce[0] :], gamma, eps), []
 
 
-# PyTorch's own CPU kernels that meet the tolerance, by normalizer and layout. What is missing is missing for a reason:
-# group norm in channels_last computes E[x^2] - E[x]^2 (error 1e3 at mean/std 1e4). Devices not listed have not been
-# measured and take the formula.
+def _contiguous_group_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
+    y, _ = _group_norm(p, x.contiguous(), gamma, beta, eps)
+    return y.contiguous(memory_format=_CHANNELS_LAST[x.dim()]), []
+
+
+# PyTorch's own CPU kernels that meet the tolerance, by normalizer and layout. Its group norm in channels_last does not: it
+# computes E[x^2] - E[x]^2 (error 1e3 at mean/std 1e4), so the tensor is copied for the other kernel. Ghost batches, renorm
+# and norms over channels have none. Devices and types not listed have not been measured and take the formula.
 _KERNELS: dict[tuple[str, str], Kernel] = {
     ("batch_norm", "contiguous"): _batch_norm,
     ("batch_norm", "channels_last"): _batch_norm,
     ("instance_norm", "contiguous"): _instance_norm,
+    ("instance_norm", "channels_last"): _instance_norm,
     ("layer_norm", "contiguous"): _layer_norm,
     ("layer_norm", "channels_last"): _layer_norm,
     ("group_norm", "contiguous"): _group_norm,
+    ("group_norm", "channels_last"): _contiguous_group_norm,
+    ("rms_norm", "contiguous"): _rms_norm,
+    ("rms_norm", "channels_last"): _rms_norm,
 }
 _KERNEL_DTYPES = (torch.float32, torch.float64)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # PyTorch's own functions where a program is exported: the operations that other runtimes know.
 _EXPORTED: dict[str, Kernel] = {
@@ -170,21 +187,28 @@ _EXPORTED: dict[str, Kernel] = {
 }
 
 
+def _whole_gain(spec: NormSpec, gamma: Tensor | None) -> Tensor | None:
+    return gamma + 1.0 if gamma is not None and spec.gain == "1+w" else gamma
+
+
 def _kernel(spec: NormSpec, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Kernel | None:
     """Return PyTorch's kernel for this case, if a row of the table covers it."""
-    if x.device.type != "cpu" or x.dtype not in _KERNEL_DTYPES:
-        return None
-    if any(t is not None and t.dtype != x.dtype for t in (gamma, beta)):
-        return None
     if spec.name == "instance_norm" and spec.tracked:
         return None  # F.instance_norm does not return the statistics
-    layout = "contiguous" if x.is_contiguous() else "other"
-    if layout == "other" and x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]):
-        layout = "channels_last"
-    return _KERNELS.get((spec.name, layout))
+    return _KERNELS.get((spec.name, _layout(x))) if _kernel_types(x, gamma, beta) else None
 
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+def _kernel_types(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether everything is of one type on a CPU, as PyTorch's kernels want it."""
+    same = all(t is None or t.dtype == x.dtype for t in others)
+    return same and x.device.type == "cpu" and x.dtype in _KERNEL_DTYPES
+
+
+def _layout(x: Tensor) -> str:
+    if x.is_contiguous():
+        return "contiguous"
+    last = _CHANNELS_LAST.get(x.dim())
+    return "channels_last" if last is not None and x.is_contiguous(memory_format=last) else "other"
 
 
 def _needs_plain(*tensors: Tensor | None) -> bool:

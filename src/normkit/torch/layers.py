@@ -16,6 +16,7 @@ function of :mod:`normkit.torch.functional`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -60,7 +61,7 @@ def _checked(layer: nn.Module, **arguments: Any) -> None:
 
 def _check_dims(layer: Any, input: Tensor) -> None:
     """Refuse inputs with another number of axes than the layer's name says."""
-    if input.dim() not in layer._dims:
+    if not isinstance(input, torch.fx.Proxy) and input.dim() not in layer._dims:
         axes = " or ".join(f"{n}D" for n in layer._dims)
         must = f"{type(layer).__name__}: the input must be {axes}"
         raise NormValueError(message(must, f"{input.dim()}D, shape {tuple(input.shape)}"))
@@ -481,11 +482,12 @@ class _InstanceNorm(_Tracking):
 
     def _run(self, input: Tensor, **options: Any) -> Tensor:
         _check_dims(self, input)
+        _warn_of_channels(self, input)
         arguments = self._arguments()
         if self.momentum is not None:
             arguments["num_batches_tracked"] = None
         arguments["use_input_stats"] = self.training or arguments["running_mean"] is None
-        if input.dim() > self._dims[0]:
+        if isinstance(input, torch.fx.Proxy) or input.dim() > self._dims[0]:
             return functional.instance_norm(input, **arguments, **options)
         if options.get("sample_weight") is not None:
             raise NormValueError(message("`sample_weight` needs an input with a batch axis", f"shape {tuple(input.shape)}"))
@@ -815,7 +817,15 @@ def _shape_of(layer: nn.Module, normalized_shape: int | Sequence[int]) -> tuple[
     return shape
 
 
+def _warn_of_channels(layer: Any, input: Tensor) -> None:
+    """Without parameters another number of channels changes nothing; like torch.nn, say that something is odd."""
+    channels = input.shape[input.dim() - layer._dims[0]] if not isinstance(input, torch.fx.Proxy) else layer.num_features
+    if layer.weight is None and channels != layer.num_features:
+        got = f"{layer.num_features}, and an input with {channels}"
+        warnings.warn(message(f"{type(layer).__name__}: `num_features` should be the input's channels", got), stacklevel=4)
+
+
 def _check_channels(layer: nn.Module, input: Tensor, channels: int) -> None:
-    if input.dim() < 2 or input.shape[1] != channels:
+    if not isinstance(input, torch.fx.Proxy) and (input.dim() < 2 or input.shape[1] != channels):
         must = f"{type(layer).__name__}: the input must have {channels} channels in its second axis"
         raise NormValueError(message(must, f"shape {tuple(input.shape)}"))
