@@ -29,6 +29,7 @@ __all__ = [
     "merged",
     "normalize",
     "renorm",
+    "scaled",
     "updated",
 ]
 
@@ -94,7 +95,7 @@ def normalize(
         var = average(deviation * deviation)
         std = xp.sqrt(var + eps)
         correction = None if correct is None else correct(mean, std)
-        outputs.append(_scaled(xp, spec, affine_shape(p, shape), deviation, 1.0 / std, gamma, beta, correction))
+        outputs.append(scaled(xp, spec, affine_shape(p, shape), deviation, 1.0 / std, gamma, beta, correction))
         found.append(Moments(mean, var, total, effective, correction, w is not None))
     return _join(xp, p, outputs, x.shape), found
 
@@ -105,7 +106,7 @@ def evaluate(
     """Normalize by kept statistics. Every sample is treated alone, so ghost batches have no meaning here."""
     shape = kept_shape(p, tuple(x.shape))
     rstd = 1.0 / kept["std"] if "std" in kept else 1.0 / xp.sqrt(kept["var"] + eps)  # a kept std has eps inside
-    return _scaled(xp, spec, shape, x - xp.reshape(kept["mean"], shape), xp.reshape(rstd, shape), gamma, beta, None)
+    return scaled(xp, spec, shape, x - xp.reshape(kept["mean"], shape), xp.reshape(rstd, shape), gamma, beta, None)
 
 
 def inverse_std(xp: Any, spec: NormSpec, p: NormPlan, x: Any, *, eps: float) -> Any:
@@ -306,7 +307,7 @@ def _gain(xp: Any, spec: NormSpec, gamma: Any, shape: tuple[int, ...]) -> Any:
     return gain + 1.0 if spec.gain == "1+w" else gain
 
 
-def _scaled(
+def scaled(
     xp: Any,
     spec: NormSpec,
     shape: tuple[int, ...],
@@ -316,7 +317,7 @@ def _scaled(
     beta: Any,
     correction: Correction | None,
 ) -> Any:
-    """Return deviation * rstd * gamma + beta with gamma and beta placed in `shape`."""
+    """Return deviation * rstd * gamma + beta, with gamma and beta placed in `shape`; a correction acts before gamma."""
     if correction is not None:
         y = deviation * (rstd * correction.r) + correction.d
         y = y if gamma is None else y * _gain(xp, spec, gamma, shape)

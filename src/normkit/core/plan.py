@@ -37,6 +37,7 @@ class NormPlan(NamedTuple):
     view: tuple[tuple[int, ...], ...]  # per axis of the input: the lengths it is split in; -1 is read from the input
     reduce: tuple[int, ...]  # axes of the view each statistic is taken over
     affine: tuple[int, ...]  # axes of the view that gamma, beta and the kept statistics have
+    whole: tuple[int, ...]  # the same, as axes of the input
     fixed: tuple[tuple[int, int], ...]  # axes of the input whose length is static, with that length
     ragged: int  # axis of the input that may leave a short last group; -1: none
 
@@ -46,6 +47,7 @@ def compile_plan(spec: NormSpec, ndim: int, sizes: Sizes = ()) -> NormPlan:
     view: list[tuple[int, ...]] = []
     reduce: list[int] = []
     affine: list[int] = []
+    whole: list[int] = []
     fixed: list[tuple[int, int]] = []
     ragged, at = -1, 0
     seen: list[str] = []
@@ -65,13 +67,15 @@ def compile_plan(spec: NormSpec, ndim: int, sizes: Sizes = ()) -> NormPlan:
             if length is not None:
                 fixed.append((axis, length))
             seen.append(token[0])
+        if token[0] in spec.affine_names:
+            whole.append(axis)
         for name in token:
             if name in spec.over_names:
                 reduce.append(at)
             if name in spec.affine_names:
                 affine.append(at)
             at += 1
-    return NormPlan(tuple(view), tuple(reduce), tuple(affine), tuple(fixed), ragged)
+    return NormPlan(tuple(view), tuple(reduce), tuple(affine), tuple(whole), tuple(fixed), ragged)
 
 
 plan = functools.lru_cache(maxsize=1024)(compile_plan)
@@ -94,11 +98,13 @@ def view_shape(p: NormPlan, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the input once its split axes are split; an axis of length 1 (it broadcasts) stays so."""
     lengths: list[int] = []
     for split, length in zip(p.view, shape, strict=True):
-        known = _known(split)
-        if len(split) > 1 and length == 1:
-            lengths.extend(1 for _ in split)
+        if len(split) == 1:
+            lengths.append(length)
+        elif length == 1:
+            lengths.extend([1] * len(split))
         else:
-            lengths.extend(length if len(split) == 1 else length // known if size == -1 else size for size in split)
+            known = _known(split)
+            lengths.extend([length // known if size == -1 else size for size in split])
     return tuple(lengths)
 
 
@@ -109,11 +115,7 @@ def affine_shape(p: NormPlan, view: tuple[int, ...]) -> tuple[int, ...]:
 
 def kept_shape(p: NormPlan, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape in which gamma, beta and kept statistics broadcast against the input itself."""
-    lengths, at = [], 0
-    for split, length in zip(p.view, shape, strict=True):
-        lengths.append(length if at in p.affine else 1)
-        at += len(split)
-    return tuple(lengths)
+    return tuple([length if axis in p.whole else 1 for axis, length in enumerate(shape)])
 
 
 def count(p: NormPlan, view: tuple[int, ...]) -> int:
@@ -155,7 +157,6 @@ def check_lengths(spec: NormSpec, p: NormPlan, shape: tuple[int, ...]) -> None:
             must = f"{spec.name}: axis {axis} of the input must have length {length}"
             raise NormValueError(message(must, f"shape {tuple(shape)}"))
     for axis, split in enumerate(p.view):
-        known = _known(split)
-        if len(split) == 2 and axis != p.ragged and shape[axis] % known:
-            must = f"{spec.name}: the length of axis {axis} must be divisible by {known}"
+        if len(split) == 2 and axis != p.ragged and shape[axis] % _known(split):
+            must = f"{spec.name}: the length of axis {axis} must be divisible by {_known(split)}"
             raise NormValueError(message(must, f"shape {tuple(shape)}"))

@@ -49,12 +49,17 @@ def normalize(
 
     The output may still be wider than the input. Kernels return moments only where the spec tracks something.
     """
-    simple = weight is None and correct is None and x.numel() > 0
+    simple = weight is None and x.numel() > 0
     if simple and torch.compiler.is_exporting() and spec.name in _EXPORTED:
         return _EXPORTED[spec.name](p, x, _whole_gain(spec, gamma), beta, eps)
     plain = torch.compiler.is_compiling() or _needs_plain(x, gamma, beta)
-    if simple and not plain and (kernel := _kernel(spec, x, gamma, beta)) is not None:
-        return kernel(p, x, _whole_gain(spec, gamma), beta, eps)
+    if simple and not plain and (kernel := _kernel(spec, p, x, gamma, beta)) is not None:
+        if correct is None:
+            return kernel(p, x, _whole_gain(spec, gamma), beta, eps)
+        normalized, (m,) = kernel(p, x, None, None, eps)
+        correction = correct(m.mean, torch.sqrt(m.var + eps))
+        shape = kept_shape(p, tuple(x.shape))
+        return formula.scaled(torch, spec, shape, normalized, 1.0, gamma, beta, correction), [m]
     wide = accumulator(x.dtype)
     views = parts(p, tuple(x.shape))
     if plain or correct is not None or len(views) > 1 or not _wants_grad(x, gamma, beta):
@@ -148,6 +153,17 @@ def _layer_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | Non
     return F.layer_norm(x, x.shape[p.reduce[0] :], gamma, beta, eps), []
 
 
+def _over_channels(kernel: Callable[..., Tensor]) -> Kernel:
+    """Return a kernel over rows as one over channels: PyTorch normalizes the last axis, so the channels go there."""
+
+    def run(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
+        affine = (gamma, beta) if kernel is F.layer_norm else (gamma,)
+        y = kernel(x.movedim(1, -1), (x.shape[1],), *affine, eps).movedim(-1, 1)
+        return (y.contiguous() if x.is_contiguous() else y), []
+
+    return run
+
+
 def _group_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
     return F.group_norm(x, p.view[1][0], gamma, beta, eps), []
 
@@ -162,8 +178,8 @@ def _contiguous_group_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: T
 
 
 # PyTorch's own CPU kernels that meet the tolerance, by normalizer and layout. Its group norm in channels_last does not: it
-# computes E[x^2] - E[x]^2 (error 1e3 at mean/std 1e4), so the tensor is copied for the other kernel. Ghost batches, renorm
-# and norms over channels have none. Devices and types not listed have not been measured and take the formula.
+# computes E[x^2] - E[x]^2 (error 1e3 at mean/std 1e4), so the tensor is copied for the other kernel. Renorm corrects what
+# batch norm gives; ghost batches have none. Devices and types not listed have not been measured and take the formula.
 _KERNELS: dict[tuple[str, str], Kernel] = {
     ("batch_norm", "contiguous"): _batch_norm,
     ("batch_norm", "channels_last"): _batch_norm,
@@ -175,6 +191,12 @@ _KERNELS: dict[tuple[str, str], Kernel] = {
     ("group_norm", "channels_last"): _contiguous_group_norm,
     ("rms_norm", "contiguous"): _rms_norm,
     ("rms_norm", "channels_last"): _rms_norm,
+    ("batch_renorm", "contiguous"): _batch_norm,
+    ("batch_renorm", "channels_last"): _batch_norm,
+    ("layer_norm_2d", "contiguous"): _over_channels(F.layer_norm),
+    ("layer_norm_2d", "channels_last"): _over_channels(F.layer_norm),
+    ("rms_norm_2d", "contiguous"): _over_channels(F.rms_norm),
+    ("rms_norm_2d", "channels_last"): _over_channels(F.rms_norm),
 }
 _KERNEL_DTYPES = (torch.float32, torch.float64)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -191,10 +213,12 @@ def _whole_gain(spec: NormSpec, gamma: Tensor | None) -> Tensor | None:
     return gamma + 1.0 if gamma is not None and spec.gain == "1+w" else gamma
 
 
-def _kernel(spec: NormSpec, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Kernel | None:
+def _kernel(spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Kernel | None:
     """Return PyTorch's kernel for this case, if a row of the table covers it."""
     if spec.name == "instance_norm" and spec.tracked:
         return None  # F.instance_norm does not return the statistics
+    if spec.name == "group_norm" and x.numel() == x.shape[0] * p.view[1][0]:
+        return None  # for groups of one value F.group_norm is an error in a batch of one sample, and not in others
     return _KERNELS.get((spec.name, _layout(x))) if _kernel_types(x, gamma, beta) else None
 
 

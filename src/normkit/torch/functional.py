@@ -499,7 +499,7 @@ def _check_affine(
     kept: Mapping[str, Tensor] | None,
 ) -> None:
     """Refuse parameters and statistics of another length than the input's channels."""
-    expected = plan.product(plan.kept_shape(p, tuple(input.shape)))
+    expected = plan.product([input.shape[axis] for axis in p.whole])
     named = {"weight": weight, "bias": bias, **{f"running_{name}": t for name, t in (kept or {}).items()}}
     for name, t in named.items():
         if t is not None and t.numel() != expected:

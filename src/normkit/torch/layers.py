@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -380,9 +381,13 @@ class _BatchRenorm(WideBuffers, _Layer):
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
-    def clips(self) -> tuple[Tensor, Tensor]:
+    def clips(self) -> tuple[Any, Any]:
         """Return (r_max, d_max) for the next batch."""
-        return self.schedule.at(torch, self.num_batches_tracked.to(self.running_std.dtype))
+        number = self.num_batches_tracked
+        if torch.compiler.is_compiling() or type(number) is not Tensor or number.device.type != "cpu":
+            return self.schedule.at(torch, number.to(self.running_std.dtype))
+        r_max, d_max = self.schedule.at(np, number.item())  # plain numbers cost nothing to clip by
+        return float(r_max), float(d_max)
 
     def forward(self, input: Tensor, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         """Normalize; see the class."""
