@@ -20,7 +20,7 @@ BELOW = {
     "errors": set(),
     "core": {"errors"},
     "kernels": {"errors", "core"},
-    "torch": {"errors", "core", "kernels", "experiments"},  # of experiments the training protocol
+    "torch": {"errors", "core", "kernels"},
     "testing": {"errors", "core"},
     "experiments": {"errors", "core", "kernels"},
     "report": {"errors", "core", "experiments"},

@@ -22,7 +22,7 @@ _HOME = {
     "compare": "normkit.experiments",
     "groups_for": "normkit.core.algebra",
 }
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

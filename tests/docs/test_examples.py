@@ -13,7 +13,9 @@ import pytest
 import normkit
 
 ROOT = Path(__file__).parents[2]
-MODULES = [m.name for m in pkgutil.walk_packages(normkit.__path__, "normkit.") if not m.name.endswith(("__main__", "_native"))]
+MODULES = [
+    m.name for m in pkgutil.walk_packages(normkit.__path__, "normkit.") if not m.name.endswith(("__main__", "_native"))
+]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

@@ -249,3 +249,13 @@ def test_renorm_follows_its_schedule():
     assert seen[5][1] > 0
     assert seen[19][1] == 5.0 > seen[18][1]
     assert seen[31][0] == 3.0 > seen[30][0]
+
+
+@every
+def test_a_mask_that_leaves_one_value_leaves_what_is_kept(name):
+    """Without a mask a single value is refused; behind a mask it is simply not enough to learn from."""
+    mask = torch.zeros(5, 3, 3, dtype=torch.bool)
+    mask[0, 1, 1] = True
+    layer = LAYERS[name]()
+    layer(batch(), mask=mask)
+    torch.testing.assert_close(layer.state_dict(), LAYERS[name]().state_dict(), rtol=0, atol=0)

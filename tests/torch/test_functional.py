@@ -101,7 +101,10 @@ WRONG = {
     ),
     "group input": (lambda: nk.GroupNorm(2, 4)(X), "the input must have 4 channels in its second axis"),
     "group count": (lambda: functional.group_norm(X, 3), "the length of axis 1 must be divisible by 3; got shape"),
-    "normalized_shape": (lambda: nk.LayerNorm(5)(X), r"axis 3 of the input must have length 5; got shape \(4, 8, 5, 3\)"),
+    "normalized_shape": (
+        lambda: nk.LayerNorm(5)(X),
+        r"axis 3 of the input must have length 5; got shape \(4, 8, 5, 3\)",
+    ),
     "zero shape": (lambda: nk.LayerNorm(0), "`normalized_shape` must be whole numbers of at least 1; got 0"),
     "empty shape": (lambda: nk.LayerNorm(()), "`normalized_shape` must be whole numbers of at least 1"),
     "half statistics": (
@@ -118,7 +121,10 @@ WRONG = {
     ),
     "residual": (lambda: functional.layer_norm(X, (3,), residual=X[:1]), "`residual` must have the shape of the input"),
     "gain": (lambda: nk.RMSNorm(3, gain="2w"), "RMSNorm: `gain` must be one of 'w', '1\\+w'; got '2w'"),
-    "cast": (lambda: functional.rms_norm(X.half(), (3,), cast="x"), "`cast` must be 'llama', 'gemma' or 'none'; got 'x'"),
+    "cast": (
+        lambda: functional.rms_norm(X.half(), (3,), cast="x"),
+        "`cast` must be 'llama', 'gemma' or 'none'; got 'x'",
+    ),
     "virtual batch": (
         lambda: nk.GhostBatchNorm2d(8, virtual_batch_size=1),
         "`virtual_batch_size` must be a whole number of at least 2; got 1",

@@ -218,7 +218,10 @@ def test_export_loads_where_normkit_is_not_installed(tmp_path):
     model = nn.Sequential(*layers, nk.NormAct(nk.BatchNorm2d(6), "relu")).eval()
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(model, (data(torch.float32, 5),), dynamic_shapes=({0: batch},))
-    foreign = {str(n.target).split(".")[0] for n in program.graph.nodes if n.op == "call_function"} - {"aten", "<built-in function getitem>"}  # noqa: E501
+    foreign = {str(n.target).split(".")[0] for n in program.graph.nodes if n.op == "call_function"} - {
+        "aten",
+        "<built-in function getitem>",
+    }
     assert not {t for t in foreign if "normkit" in t}, foreign
     torch.export.save(program, tmp_path / "model.pt2")
     x = data(torch.float32, 9)

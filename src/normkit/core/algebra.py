@@ -81,7 +81,8 @@ def biased(var: Any, count: float) -> Any:
 def rate_of(momentum: float, convention: Convention) -> float:
     """Return the weight of a new batch for a `momentum` of that framework, and the other way round.
 
-    PyTorch's momentum *is* that weight (default 0.1); Keras, Flax and ONNX mean one minus it (0.99, 0.99, 0.9). The rule
+    PyTorch's momentum *is* that weight (default 0.1); Keras, Flax and ONNX mean one minus it (0.99, 0.99, 0.9). The
+    rule
     is its own inverse: `rate_of(rate_of(m, c), c) == m`.
     """
     check("rate_of", {"momentum": Real(0.0, 1.0)}, {"momentum": momentum})
@@ -110,10 +111,11 @@ def scale_shift(gamma: Any, beta: Any, mean: Any, var: Any, eps: float) -> tuple
 def fold_after(
     weight: Any, bias: Any, scale: np.ndarray, shift: np.ndarray, *, axis: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fold y = scale * linear(x) + shift into the linear map before it: weight' = scale weight, bias' = scale bias + shift.
+    """Fold y = scale * linear(x) + shift into the linear map: weight' = scale weight, bias' = scale bias + shift.
 
     Args:
-        weight: of a linear map or convolution; `axis` is the one of its output channels (0 in PyTorch's Linear and Conv,
+        weight: of a linear map or convolution; `axis` is the one of its output channels (0 in PyTorch's Linear and
+        Conv,
             1 in its transposed convolutions, -1 in Keras).
         bias: of shape (channels,), or None for 0.
         scale, shift: of shape (channels,).

@@ -7,7 +7,8 @@ from normkit.errors import NormValueError, message
 
 __all__ = ["Sizes", "static", "tokens"]
 
-# Static sizes by name: groups ("g", 8), virtual batch size ("n", 32), channels ("c", 64), normalized_shape ("*c", (8, 5)).
+# Static sizes by name: groups ("g", 8), virtual batch size ("n", 32), channels ("c", 64), normalized_shape ("*c", (8,
+# 5)).
 Sizes = tuple[tuple[str, int | tuple[int, ...]], ...]
 
 

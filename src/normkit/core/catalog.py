@@ -59,4 +59,6 @@ def find(name: str) -> NormSpec:
     try:
         return CATALOG[name]
     except KeyError:
-        raise NormValueError(message("a normalizer must be in the catalog", repr(name), nearest(name, CATALOG))) from None
+        raise NormValueError(
+            message("a normalizer must be in the catalog", repr(name), nearest(name, CATALOG))
+        ) from None

@@ -32,7 +32,7 @@ class Integer:
     low: int = 1
 
     def allows(self, value: Any) -> bool:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= self.low
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= self.low
 
     def words(self) -> str:
         return f"a whole number of at least {self.low}"
@@ -52,7 +52,8 @@ class Real:
     def allows(self, value: Any) -> bool:
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
             return False
-        return self.low < value <= self.high if self.above else self.low <= value <= self.high
+        number = float(value)
+        return self.low < number <= self.high if self.above else self.low <= number <= self.high
 
     def words(self) -> str:
         low = "" if self.low == -math.inf else f" {'above' if self.above else 'of at least'} {self.low:g}"

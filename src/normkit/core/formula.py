@@ -4,10 +4,10 @@
 jax.numpy and keras.ops all are. Inputs arrive in the type in which statistics accumulate (float32 or wider); callers
 widen before and narrow after.
 
-Numerics. The variance is the mean of squared deviations, never E[x^2] - E[x]^2. A mean rounded to the accumulator is off
-by up to eps |mean|, which shows once |mean|/std nears 1/eps; so deviations are centred a second time, by their own mean:
-one more pass, and the output stays right to a few eps. Inverse standard deviation and gamma multiply the *deviation*:
-x * scale + shift would bring the rounding of a large mean back.
+Numerics. The variance is the mean of squared deviations, never E[x^2] - E[x]^2. A mean rounded to the accumulator is
+off by up to eps |mean|, which shows once |mean|/std nears 1/eps; so deviations are centred a second time, by their own
+mean: one more pass, and the output stays right to a few eps. Inverse standard deviation and gamma multiply the
+*deviation*: x * scale + shift would bring the rounding of a large mean back.
 """
 
 from __future__ import annotations
@@ -222,13 +222,16 @@ def _merged_weighted(
     values: dict[str, Any] = {}
     known: Any = None
     for t in spec.tracked:
-        total = weight = None
+        total: Any = None
+        weight: Any = None
         for m in moments:
             value = _seen(xp, t.name, m, eps)
+            # As without weights, too few values are none. A single one may come out of the division as 1.0000001.
+            enough = xp.where(m.effective > spec.minimum - 1 + 1e-6, m.total, m.total * 0.0)
             fewer = 1.0 - 1.0 / xp.clip(m.effective, 1.0, None) if t.bessel else 1.0
-            total = _added(total, _over_groups(xp, p, value * m.total))
+            total = _added(total, _over_groups(xp, p, value * enough))
             # times 0: the weight in the shape of the statistic, to be summed with it
-            weight = _added(weight, _over_groups(xp, p, value * 0.0 + m.total * fewer))
+            weight = _added(weight, _over_groups(xp, p, value * 0.0 + enough * fewer))
         known = weight > 0
         values[t.name] = total / xp.where(known, weight, weight + 1.0)
     return values, known
@@ -240,7 +243,7 @@ def updated(
     """Return the kept statistics after this batch, unchanged where `known` is False. `rate` weighs the new batch."""
     if known is False:
         return dict(kept)
-    new = {t.name: t.updated(kept[t.name], batch[t.name], rate) for t in spec.tracked}
+    new: dict[str, Any] = {t.name: t.updated(kept[t.name], batch[t.name], rate) for t in spec.tracked}
     return new if known is True else {name: xp.where(known, value, kept[name]) for name, value in new.items()}
 
 
@@ -275,7 +278,8 @@ def _averager(xp: Any, p: NormPlan, shape: tuple[int, ...], weight: Any) -> tupl
     """Return (average over the reduced axes, total weight, effective number of values)."""
     if weight is None:
         n = count(p, shape)
-        return (lambda a: xp.mean(a, axis=p.reduce, keepdims=True)), n, n
+        mean = xp.sum if n == 0 else xp.mean  # of nothing: 0, not NaN, which would reach the gradient of gamma
+        return (lambda a: mean(a, axis=p.reduce, keepdims=True)), n, n
     # Values of one position share its weight: the channels of a group, for example.
     repeats = product([shape[axis] for axis in p.reduce if weight.shape[axis] == 1])
     total = xp.sum(weight, axis=p.reduce, keepdims=True) * repeats

@@ -144,7 +144,7 @@ def parts(p: NormPlan, shape: tuple[int, ...]) -> tuple[Part, ...]:
     found: list[Part] = []
     for start, groups, members in ((0, full, size), (full * size, 1, short)):
         if groups * members or (not length and members == size):
-            lengths = [(n,) for n in shape]
+            lengths: list[tuple[int, ...]] = [(n,) for n in shape]
             lengths[p.ragged] = (groups, members)
             found.append((start, start + groups * members, tuple(n for axis in lengths for n in axis)))
     return tuple(found)

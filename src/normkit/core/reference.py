@@ -56,7 +56,6 @@ def reference(
     rate: float = 0.1,
     r_max: float = 1.0,
     d_max: float = 0.0,
-    bessel: bool | None = None,
 ) -> Reference:
     """Normalize `x`, and its gradients for the output gradient `dy`.
 
@@ -72,7 +71,6 @@ def reference(
         training: False normalizes with the kept statistics.
         rate: weight of this batch in the kept statistics.
         r_max, d_max: clips of batch renormalization.
-        bessel: overrides the tracked variance's correction.
     """
     eps = spec.eps if eps is None else eps
     values = np.asarray(x, dtype=np.float64).ravel()
@@ -86,7 +84,9 @@ def reference(
     slopes = None if dy is None else np.asarray(dy, dtype=np.float64).ravel()
     y, dx = np.zeros(values.size), np.zeros(values.size)
     dgamma, dbeta = np.zeros(affine), np.zeros(affine)
-    before = {t.name: np.reshape((kept or {}).get(t.name, np.full(affine, t.init)), affine) for t in spec.tracked}
+    before: dict[str, Array] = {
+        t.name: np.reshape((kept or {}).get(t.name, np.full(affine, t.init)), affine) for t in spec.tracked
+    }
     moments: dict[tuple, tuple[float, float]] = {}
     found: list[tuple[tuple[int, ...], float, float, float, float]] = []
     for key, cell in slices.items():
@@ -130,7 +130,7 @@ def reference(
         for i, a, g, w in zip(cell.flat, v, inner, cell.weight, strict=True):
             share = w / total if total else 0.0
             dx[i] = g / std + dvar * 2.0 * (a - mean) * share + dmean * share
-    after = _kept_after(spec, before, found, eps, rate, bessel) if training else before
+    after = _kept_after(spec, before, found, eps, rate) if training else before
     if slopes is None:
         return Reference(y.reshape(x.shape), None, None, None, after, moments)
     return Reference(y.reshape(x.shape), dx.reshape(x.shape), dgamma, dbeta, after, moments)
@@ -146,23 +146,20 @@ def _kept_after(
     found: list[tuple[tuple[int, ...], float, float, float, float]],
     eps: float,
     rate: float,
-    bessel: bool | None,
 ) -> dict[str, Array]:
     """Update what is kept, place by place: groups weigh by their values, variances are pooled."""
     after = {name: value.copy() for name, value in before.items()}
     by_place: dict[tuple[int, ...], list[tuple[float, float, float, float]]] = {}
     for place, mean, var, total, effective in found:
         by_place.setdefault(place, []).append((mean, var, total, effective))
-    for t in spec.tracked:
-        unbiased = t.bessel if bessel is None else bessel and t.name == "var"
-        for place, groups in by_place.items():
-            picked = [mean if t.name == "mean" else var if t.name == "var" else math.sqrt(var + eps)
-                      for mean, var, _, _ in groups]  # fmt: skip
-            weights = [n * (1 - 1 / e) if unbiased else n for _, _, n, e in groups]
-            needed = [n * (1 - 1 / e) for _, _, n, e in groups] if any(s.bessel for s in spec.tracked) else weights
-            if math.fsum(needed if bessel is None else weights) <= 0:
-                continue
-            batch = math.fsum(v * n for v, (_, _, n, _) in zip(picked, groups, strict=True)) / math.fsum(weights)
+    for place, groups in by_place.items():
+        enough = [g for g in groups if g[3] > spec.minimum - 1 + 1e-9]
+        if not enough:
+            continue
+        for t in spec.tracked:
+            value = {"mean": lambda g: g[0], "var": lambda g: g[1], "std": lambda g: math.sqrt(g[1] + eps)}[t.name]
+            weights = [n * (1 - 1 / e) if t.bessel else n for _, _, n, e in enough]
+            batch = math.fsum(value(g) * g[2] for g in enough) / math.fsum(weights)
             after[t.name][place] = before[t.name][place] + rate * (batch - before[t.name][place])
     return after
 

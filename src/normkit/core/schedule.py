@@ -16,8 +16,8 @@ class RenormSchedule:
     """Clips of batch renormalization as a function of the training step (arXiv:1702.03275, section 4.2).
 
     Until step `start` r_max = 1 and d_max = 0, which is batch norm. Then r_max rises linearly to its end value at step
-    `r_end`, and d_max at step `d_end`. Defaults are the paper's, for a run of about 130 000 steps; for other lengths use
-    :meth:`for_steps`, since with the paper's step numbers a short run would never leave batch norm.
+    `r_end`, and d_max at step `d_end`. Defaults are the paper's, for a run of about 130 000 steps; for other lengths
+    use :meth:`for_steps`, since with the paper's step numbers a short run would never leave batch norm.
     """
 
     r_max: float = 3.0

@@ -11,7 +11,7 @@ def instruction_sets() -> tuple[str, ...]:
     The compiled module is missing where the package was installed without a C++ compiler.
     """
     try:
-        from normkit.kernels import _native
+        from normkit.kernels import _native  # type: ignore[attr-defined, unused-ignore]
     except ImportError:
         return ()
     return tuple(_native.instruction_sets())

@@ -5,4 +5,4 @@ from normkit.torch.factory import norm_layer as norm_layer
 from normkit.torch.layers import *  # noqa: F403
 from normkit.torch.layers import __all__ as _layers
 
-__all__ = ["functional", "norm_layer", *_layers]  # noqa: PLE0604
+__all__ = ["functional", "norm_layer", *_layers]

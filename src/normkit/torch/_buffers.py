@@ -32,8 +32,8 @@ def keep(
     """Write the statistics of this batch into the buffers `kept` and add one to `count`.
 
     `momentum` is the weight of the new batch; None averages all batches equally. Statistics that are not finite change
-    nothing, `count` included, unless `nonfinite` is "update". Nothing is written where a backward pass runs this forward
-    again (activation checkpointing): the batch has been counted.
+    nothing, `count` included, unless `nonfinite` is "update". Nothing is written where a backward pass runs this
+    forward again (activation checkpointing): the batch has been counted.
     """
     if _recomputing():
         return
@@ -49,7 +49,9 @@ def keep(
             rate = 1.0 / (count + 1).to(torch.float64 if count.device.type != "mps" else torch.float32)
         direct = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
         if direct and known is True and kept["mean"].device.type == "cpu":  # a look at the values costs nothing here
-            if nonfinite == "skip" and not all(math.isfinite(v.sum(dtype=torch.float64).item()) for v in batch.values()):
+            if nonfinite == "skip" and not all(
+                math.isfinite(v.sum(dtype=torch.float64).item()) for v in batch.values()
+            ):
                 return
             new = formula.updated(torch, spec, kept, batch, known, rate)
             _write([(kept[name], value) for name, value in new.items()])
@@ -81,12 +83,14 @@ def _write(changes: list[tuple[Tensor, Any]]) -> None:
         for buffer, value in changes:
             buffer.copy_(value)
         return
-    # Inside torch.func transforms. A buffer that is an argument of the transform (functional_call) carries the transform's
-    # own wrapper and is written as it is. A captured one may only be written outside, where a value that differs from
-    # lane to lane has no single meaning.
+    # Inside torch.func transforms. A buffer that is an argument of the transform (functional_call) carries the
+    # transform's own wrapper and is written as it is. A captured one may only be written outside, where a value that
+    # differs from lane to lane has no single meaning.
     functorch = torch._C._functorch
     inside = [(buffer, value) for buffer, value in changes if functorch.is_functorch_wrapped_tensor(buffer)]
-    outside = [(buffer, _unwrapped(value)) for buffer, value in changes if not functorch.is_functorch_wrapped_tensor(buffer)]
+    outside = [
+        (buffer, _unwrapped(value)) for buffer, value in changes if not functorch.is_functorch_wrapped_tensor(buffer)
+    ]
     for buffer, value in inside:
         buffer.copy_(value)
     if outside:

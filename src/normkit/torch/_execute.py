@@ -1,10 +1,10 @@
-"""Which code runs a plan on PyTorch tensors: PyTorch's own kernel, the formula with its closed-form backward, or the
-formula in plain differentiable operations.
+"""Which code runs a plan on PyTorch tensors.
 
 | situation | what runs |
 |---|---|
 | eager, and a row of `_KERNELS` covers it | PyTorch's kernel |
-| eager, otherwise | `_Normalize`: the formula forward, the closed form backward; saves x, gamma and one value a statistic |
+| eager, otherwise | `_Normalize`: the formula forward, the closed form backward; saves x, gamma and one value a
+statistic |
 | torch.compile, torch.func, forward AD, tensor subclasses, double backward | the formula in plain operations |
 | torch.export | PyTorch's own functions where there is one, so that what is shipped needs no normkit |
 
@@ -72,7 +72,13 @@ def normalize(
 
 
 def evaluate(
-    spec: NormSpec, p: NormPlan, x: Tensor, kept: dict[str, Tensor], gamma: Tensor | None, beta: Tensor | None, eps: float
+    spec: NormSpec,
+    p: NormPlan,
+    x: Tensor,
+    kept: dict[str, Tensor],
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """Normalize by kept statistics. The output may be wider than the input."""
     if torch.compiler.is_exporting() and "var" in kept:
@@ -92,7 +98,7 @@ class _Normalize(torch.autograd.Function):
     """The formula over one part, with its closed-form backward: it saves x, gamma and two values a statistic."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         gamma: Tensor | None,
@@ -106,7 +112,8 @@ class _Normalize(torch.autograd.Function):
         wider = x.to(wide), _to(gamma, wide), _to(beta, wide)
         y, (m,) = formula.normalize(torch, spec, p, *wider, eps=eps, weight=weight)
         totals = (None, None) if weight is None else (m.total, m.effective)
-        # Statistics are saved as tensors of their own, never the buffers: several forwards before one backward are safe.
+        # Statistics are saved as tensors of their own, never the buffers: several forwards before one backward are
+        # safe.
         ctx.save_for_backward(x, gamma, beta, weight, m.mean, m.var)
         ctx.normalizer = spec, p, eps
         ctx.mark_non_differentiable(*(t for t in (m.mean, m.var, *totals) if t is not None))
@@ -114,24 +121,24 @@ class _Normalize(torch.autograd.Function):
         return (y, m.mean, m.var, *totals)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 7
         x, gamma, beta, weight, mean, var = ctx.saved_tensors
         spec, p, eps = ctx.normalizer
         wide = accumulator(x.dtype)
-        wider = x.to(wide), _to(gamma, wide), _to(beta, wide)
+        wider: tuple[Any, ...] = x.to(wide), _to(gamma, wide), _to(beta, wide)
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # double backward: the closed form takes mean and var for constants
-            y, _ = formula.normalize(torch, spec, p, *wider, eps=eps, weight=weight)
+            y = formula.normalize(torch, spec, p, *wider, eps=eps, weight=weight)[0]
             wanted = [t for t, need in zip((x, gamma, beta), needs, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, dy.to(wide), create_graph=True))
             return (*(next(found) if need else None for need in needs), None, None, None, None)
-        moments = [Moments(mean, var, None, None)]
-        wider_dy = dy.to(wide)
-        g = formula.backward(torch, spec, p, wider_dy, *wider, moments, eps=eps, weight=weight)
-        kept = (a.to(t.dtype) if need else None for a, t, need in zip(g, (x, gamma, beta), needs, strict=True))
-        return (*kept, None, None, None, None)
+        saved = [Moments(mean, var, None, None)]
+        wide_x, wide_gamma, wide_beta = wider
+        g = formula.backward(torch, spec, p, dy.to(wide), wide_x, wide_gamma, wide_beta, saved, eps=eps, weight=weight)
+        narrowed = (a.to(t.dtype) if need else None for a, t, need in zip(g, (x, gamma, beta), needs, strict=True))
+        return (*narrowed, None, None, None, None)
 
 
 Kernel = Callable[[NormPlan, Tensor, Tensor | None, Tensor | None, float], tuple[Tensor, list[Moments]]]
@@ -177,9 +184,10 @@ def _contiguous_group_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: T
     return y.contiguous(memory_format=_CHANNELS_LAST[x.dim()]), []
 
 
-# PyTorch's own CPU kernels that meet the tolerance, by normalizer and layout. Its group norm in channels_last does not: it
-# computes E[x^2] - E[x]^2 (error 1e3 at mean/std 1e4), so the tensor is copied for the other kernel. Renorm corrects what
-# batch norm gives; ghost batches have none. Devices and types not listed have not been measured and take the formula.
+# PyTorch's own CPU kernels that meet the tolerance, by normalizer and layout. Its group norm in channels_last does not:
+# it computes E[x^2] - E[x]^2 (error 1e3 at mean/std 1e4), so the tensor is copied for the other kernel. Renorm corrects
+# what batch norm gives; ghost batches have none. Devices and types not listed have not been measured and take the
+# formula.
 _KERNELS: dict[tuple[str, str], Kernel] = {
     ("batch_norm", "contiguous"): _batch_norm,
     ("batch_norm", "channels_last"): _batch_norm,

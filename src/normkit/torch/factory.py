@@ -29,7 +29,8 @@ def norm_layer(name: str, num_features: int, spatial: int, *, steps: int | None 
         steps: length of the training; scales batch renormalization's schedule to it.
 
     Raises:
-        NormValueError: for an unknown name (with the nearest ones), and where a normalizer has nothing to normalize over.
+        NormValueError: for an unknown name (with the nearest ones), and where a normalizer has nothing to normalize
+        over.
     """
     spec = find(name)
     check("norm_layer", _ARGUMENTS, {"num_features": num_features, "spatial": spatial})
@@ -46,8 +47,11 @@ def norm_layer(name: str, num_features: int, spatial: int, *, steps: int | None 
             **({} if steps is None else {"schedule": RenormSchedule.for_steps(steps), "momentum": _RENORM_MOMENTUM}),
         ),
         "instance": lambda: _by_axes("InstanceNorm", spatial)(num_features, affine=True),
-        # At least 4 channels to a group: of fewer, a group on a table or a 1x1 map knows next to nothing.
-        "group": lambda: layers.GroupNorm(groups_for(num_features, max(1, min(32, num_features // 4))), num_features),
+        # A group of few values keeps next to nothing of them: mean and variance are gone, and on a table nothing else
+        # is there. Of 16 features at least, or of 4 maps.
+        "group": lambda: layers.GroupNorm(
+            groups_for(num_features, max(1, min(32, num_features // (4 if spatial else 16)))), num_features
+        ),
         "layer": lambda: (layers.LayerNorm2d if spatial else layers.LayerNorm)(num_features),
         "rms": lambda: (layers.RMSNorm2d if spatial else layers.RMSNorm)(num_features),
     }

@@ -1,10 +1,10 @@
 """The normalizers as functions: PyTorch's own argument order first, ours keyword only behind it.
 
-All compute y = act(normalized * gamma + beta + residual). Statistics accumulate in float32 or wider and the output has the
-type of the input. `mask` is boolean, True = real data, broadcastable to the input without its channel axis: other
-positions stay out of the statistics, their output is 0 and they get no gradient. `sample_weight` (real, >= 0, of shape (N,)
-or like `mask`) weighs positions in the statistics; only its proportions count, so the variance's Bessel factor uses
-n = sum(w)^2 / sum(w^2). Errors are NormValueError and NormTypeError, which are ValueError and TypeError.
+All compute y = act(normalized * gamma + beta + residual). Statistics accumulate in float32 or wider and the output has
+the type of the input. `mask` is boolean, True = real data, broadcastable to the input without its channel axis: other
+positions stay out of the statistics, their output is 0 and they get no gradient. `sample_weight` (real, >= 0, of shape
+(N,) or like `mask`) weighs positions in the statistics; only its proportions count, so the variance's Bessel factor
+uses n = sum(w)^2 / sum(w^2). Errors are NormValueError and NormTypeError, which are ValueError and TypeError.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torch import Tensor
 from normkit.core import catalog, formula, plan
 from normkit.core.axes import Sizes
 from normkit.core.plan import NormPlan
-from normkit.core.schedule import RenormSchedule
-from normkit.core.spec import NormSpec, Tracked
+from normkit.core.spec import NormSpec
 from normkit.errors import NormTypeError, NormValueError, message, nearest
 from normkit.torch._buffers import keep
 from normkit.torch._execute import accumulator, evaluate, normalize
@@ -58,9 +57,7 @@ def _biased(spec: NormSpec) -> NormSpec:
 
 _SPECS = {(s, True): s for s in (catalog.BATCH, catalog.GHOST, catalog.INSTANCE_TRACKED)}
 _SPECS |= {(s, False): _biased(s) for s, _ in list(_SPECS)}
-_GAINS = {
-    (s, gain): replace(s, gain=gain) for s in (catalog.RMS, catalog.RMS_2D) for gain in ("w", "1+w")
-}
+_GAINS = {(s, gain): replace(s, gain=gain) for s in (catalog.RMS, catalog.RMS_2D) for gain in ("w", "1+w")}
 
 
 def batch_norm(
@@ -84,8 +81,9 @@ def batch_norm(
     """Batch normalization over all axes but the second (arXiv:1502.03167).
 
     In training, and wherever there are no running statistics, by the mean and biased variance of the batch; then
-    `running_* += momentum * (batch - running_*)` in place, with the unbiased variance unless `bessel=False`. `momentum=None`
-    averages all batches equally and needs `num_batches_tracked`. In evaluation by the running statistics.
+    `running_* += momentum * (batch - running_*)` in place, with the unbiased variance unless `bessel=False`.
+    `momentum=None` averages all batches equally and needs `num_batches_tracked`. In evaluation by the running
+    statistics.
 
     Shapes: input (N, C, *S); running_mean, running_var, weight, bias (C,).
 
@@ -131,9 +129,10 @@ def ghost_batch_norm(
 ) -> Tensor:
     """Batch normalization in groups of `virtual_batch_size` consecutive samples (arXiv:1705.08741).
 
-    Samples left over form one short group (a single value joins the group before it). The statistics of all groups enter
-    the running ones as one update: means weighted by size, variances pooled, sum(n var) / sum(n - 1). The paper makes one
-    update per group instead. Evaluation is that of :func:`batch_norm`.
+    Samples left over form one short group (a single value joins the group before it). The statistics of all groups
+    enter
+    the running ones as one update: means weighted by size, variances pooled, sum(n var) / sum(n - 1). The paper makes
+    one update per group instead. Evaluation is that of :func:`batch_norm`.
 
     Shapes: as :func:`batch_norm`.
     """
@@ -179,8 +178,8 @@ def batch_renorm(
 
     In training normalized = (x - mean) / std * r + d with std = sqrt(var + eps), r = clip(std / running_std, 1/r_max,
     r_max) and d = clip((mean - running_mean) / running_std, -d_max, d_max), which are constants of the backward pass.
-    Within the clips that is what evaluation, (x - running_mean) / running_std, computes. The running statistics used are
-    those before this batch; the standard deviation itself is averaged, without Bessel's factor, as in the paper.
+    Within the clips that is what evaluation, (x - running_mean) / running_std, computes. The running statistics used
+    are those before this batch; the standard deviation itself is averaged, without Bessel's factor, as in the paper.
 
     Shapes: input (N, C, *S); running_mean, running_std, weight, bias (C,).
     """
@@ -223,8 +222,8 @@ def instance_norm(
 ) -> Tensor:
     """Instance normalization: each channel of each sample over its positions (arXiv:1607.08022).
 
-    Where running statistics are given they follow the average over the instances, as in PyTorch; `use_input_stats=False`
-    normalizes by them.
+    Where running statistics are given they follow the average over the instances, as in PyTorch;
+    `use_input_stats=False` normalizes by them.
 
     Shapes: input (N, C, *S); the rest (C,).
 
@@ -262,8 +261,8 @@ def layer_norm(
 ) -> Tensor:
     """Layer normalization over the last axes, those of `normalized_shape` (arXiv:1607.06450).
 
-    Shapes: input (*, *normalized_shape); weight and bias normalized_shape. A single value normalizes to 0, so its output
-    is the bias.
+    Shapes: input (*, *normalized_shape); weight and bias normalized_shape. A single value normalizes to 0, so its
+    output is the bias.
     """
     return _untracked(catalog.LAYER, _trailing(normalized_shape), input, weight, bias, eps, activation, residual)
 
@@ -298,8 +297,8 @@ def group_norm(
 ) -> Tensor:
     """Group normalization: groups of channels of each sample over their channels and positions (arXiv:1803.08494).
 
-    Shapes: input (N, C, *S) with C divisible by `num_groups`; weight and bias (C,). A group of a single value normalizes
-    to 0, whatever the batch size.
+    Shapes: input (N, C, *S) with C divisible by `num_groups`; weight and bias (C,). A group of a single value
+    normalizes to 0, whatever the batch size.
     """
     sizes = (("g", num_groups),)
     return _untracked(
@@ -320,7 +319,8 @@ def rms_norm(
 ) -> Tensor:
     """Root mean square normalization, x / sqrt(mean(x^2) + eps) * gamma, over the last axes (arXiv:1910.07467).
 
-    `gain="1+w"` multiplies by 1 + weight. `eps=None` is the machine epsilon of the accumulator, as in PyTorch. `cast` says
+    `gain="1+w"` multiplies by 1 + weight. `eps=None` is the machine epsilon of the accumulator, as in PyTorch. `cast`
+    says
     where half precision is rounded: "gemma" after the gain (PyTorch's own way), "llama" before it, "none" applies the
     inverse root mean square in the input's type; the mean square itself always accumulates in float32.
 
@@ -400,7 +400,7 @@ def _tracked(
     """Run a normalizer whose statistics may be kept: by those of the input, or by the kept ones."""
     p = _plan(spec, input, sizes)
     _check_affine(spec, p, input, weight, bias, kept)
-    x, real, w = _weighted(spec, p, input, mask, sample_weight)
+    x, real, w = _weighted(input, mask, sample_weight)
     if kept is not None and not training:
         y = evaluate(spec, p, x, kept, weight, bias, eps)
         return _finish(y, input, real, activation, residual)
@@ -429,7 +429,7 @@ def _untracked(
 ) -> Tensor:
     p = _plan(spec, input, sizes)
     _check_affine(spec, p, input, weight, bias, None)
-    x, real, w = _weighted(spec, p, input, mask, sample_weight)
+    x, real, w = _weighted(input, mask, sample_weight)
     y, _ = normalize(spec, p, x, weight, bias, eps, weight=w)
     return _finish(y, input, real, activation, residual)
 
@@ -524,7 +524,7 @@ def _check_values(spec: NormSpec, p: NormPlan, input: Tensor) -> None:
 
 
 def _weighted(
-    spec: NormSpec, p: NormPlan, input: Tensor, mask: Tensor | None, sample_weight: Tensor | None
+    input: Tensor, mask: Tensor | None, sample_weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (input with masked positions 0, mask, weights), the latter two with a channel axis of length 1 or None."""
     if mask is None and sample_weight is None:
@@ -536,9 +536,9 @@ def _weighted(
         if sample_weight.dim() == 1 and sample_weight.shape[0] == input.shape[0]:
             sample_weight = sample_weight.reshape(-1, *(1 for _ in input.shape[2:]))
         weight = _placed("sample_weight", sample_weight, target, input).to(wide).detach()
-        if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            if not bool(((weight >= 0) & weight.isfinite()).all()):
-                raise NormValueError(message("`sample_weight` must be finite and >= 0", float(weight.min())))
+        watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if not watched and not bool(((weight >= 0) & weight.isfinite()).all()):
+            raise NormValueError(message("`sample_weight` must be finite and >= 0", float(weight.min())))
     if mask is not None:
         if mask.dtype != torch.bool:
             hint = "True marks real data: mask.bool(), or ~mask for a padding mask"
@@ -555,7 +555,7 @@ def _placed(name: str, t: Tensor, target: tuple[int, ...], input: Tensor) -> Ten
     try:
         return t.expand(target).unsqueeze(1)
     except RuntimeError:
-        must = f"`{name}` must broadcast to {tuple(target)}, the input's shape {tuple(input.shape)} without its channel axis"
+        must = f"`{name}` must broadcast to {target}, the input's shape {tuple(input.shape)} without its channel axis"
         raise NormValueError(message(must, f"shape {tuple(t.shape)}")) from None
 
 
@@ -567,7 +567,9 @@ def _finish(y: Tensor, input: Tensor, real: Tensor | None, activation: str | Non
         y = y + residual
     if activation is not None:
         if activation not in ACTIVATIONS:
-            raise NormValueError(message("`activation` must be known", repr(activation), nearest(activation, ACTIVATIONS)))
+            raise NormValueError(
+                message("`activation` must be known", repr(activation), nearest(activation, ACTIVATIONS))
+            )
         y = ACTIVATIONS[activation](y)
     if real is not None:
         y = torch.where(real, y, 0.0)

@@ -1,12 +1,12 @@
 """The normalizers as layers. Those that `torch.nn` has subclass it and can take its place anywhere.
 
-Same constructor arguments in the same order, same defaults, same parameters, buffers and `state_dict`, same `repr`, and on
-the same weights the same numbers. What is added is keyword only:
+Same constructor arguments in the same order, same defaults, same parameters, buffers and `state_dict`, same `repr`, and
+on the same weights the same numbers. What is added is keyword only:
 
 - `bessel=False` keeps the biased variance, so that training and evaluation agree on one full batch;
-- `nonfinite="update"` lets a batch with NaN or infinity into the running statistics, as PyTorch does. The default "skip"
-  leaves mean, variance and count of the layer as they were; the output may still be non-finite, so that a gradient scaler
-  sees it;
+- `nonfinite="update"` lets a batch with NaN or infinity into the running statistics, as PyTorch does. The default
+  "skip" leaves mean, variance and count of the layer as they were; the output may still be non-finite, so that a
+  gradient scaler sees it;
 - `forward(x, mask=None, sample_weight=None)` where statistics are taken over samples or positions, see
   :mod:`normkit.torch.functional`.
 
@@ -93,7 +93,13 @@ class _Tracking(WideBuffers, _Layer):
     track_running_stats: bool
 
     def _setup(
-        self, arguments: dict[str, Any], device: Device, dtype: torch.dtype | None, bias: bool, bessel: bool, nonfinite: str
+        self,
+        arguments: dict[str, Any],
+        device: Device,
+        dtype: torch.dtype | None,
+        bias: bool,
+        bessel: bool,
+        nonfinite: str,
     ) -> None:
         """Validate and construct: `arguments` are those of the parent in torch.nn, in its order."""
         _checked(self, **arguments, bias=bias, bessel=bessel, nonfinite=nonfinite)
@@ -105,7 +111,7 @@ class _Tracking(WideBuffers, _Layer):
         self._widen()
 
     def _arguments(self) -> dict[str, Any]:
-        """Arguments of the functional form. Tracking that is switched off later is off: stale statistics are not used."""
+        """Arguments of the functional form. Tracking switched off later is off: stale statistics are not used."""
         kept = self.track_running_stats and self.running_mean is not None
         return {
             "running_mean": self.running_mean if kept else None,
@@ -214,10 +220,10 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 class _GhostBatchNorm(_BatchNorm):
     """Ghost batch normalization (arXiv:1705.08741): batch norm over groups of `virtual_batch_size` samples in training.
 
-    The noise of small batches at the speed of large ones. Consecutive samples form a group; those left over form one short
-    group, and a single left over value joins the group before it. All groups enter the running statistics as one update
-    (means weighted by size, variances pooled), where the paper makes one update per group. Evaluation, parameters, buffers
-    and `state_dict` are those of batch norm.
+    The noise of small batches at the speed of large ones. Consecutive samples form a group; those left over form one
+    short group, and a single left over value joins the group before it. All groups enter the running statistics as one
+    update (means weighted by size, variances pooled), where the paper makes one update per group. Evaluation,
+    parameters, buffers and `state_dict` are those of batch norm.
 
     Shapes: input (N, C) or (N, C, *S) as the name says, output the same; everything else (C,).
 
@@ -302,12 +308,12 @@ class _BatchRenorm(WideBuffers, _Layer):
     """Batch renormalization (arXiv:1702.03275): batch norm whose training output agrees with evaluation, within clips.
 
     Training: y = ((x - mean) / std * r + d) * weight + bias with std = sqrt(var + eps),
-    r = clip(std / running_std, 1/r_max, r_max), d = clip((mean - running_mean) / running_std, -d_max, d_max); r and d are
-    constants of the backward pass. Evaluation: y = (x - running_mean) / running_std * weight + bias.
+    r = clip(std / running_std, 1/r_max, r_max), d = clip((mean - running_mean) / running_std, -d_max, d_max); r and d
+    are constants of the backward pass. Evaluation: y = (x - running_mean) / running_std * weight + bias.
 
     Shapes: input (N, C) or (N, C, *S) as the name says, output the same; weight, bias, running_mean, running_std (C,).
-    The running standard deviation, not the variance, is averaged, with eps inside and without Bessel's factor, as in the
-    paper: training and evaluation use the same number, so its bias cancels.
+    The running standard deviation, not the variance, is averaged, with eps inside and without Bessel's factor, as in
+    the paper: training and evaluation use the same number, so its bias cancels.
 
     First values: weight 1, bias 0, running_mean 0, running_std 1, num_batches_tracked 0. The clips follow `schedule` by
     num_batches_tracked. The default is the paper's, made for some 130 000 steps; for a run of T steps use
@@ -332,6 +338,8 @@ class _BatchRenorm(WideBuffers, _Layer):
     """
 
     _dims: ClassVar[tuple[int, ...]]
+    weight: nn.Parameter
+    bias: nn.Parameter
     running_mean: Tensor
     running_std: Tensor
     num_batches_tracked: Tensor
@@ -439,8 +447,8 @@ class _InstanceNorm(_Tracking):
 
     Shapes: input (N, C, *S) or (C, *S) as the name says, output the same; weight, bias, running statistics (C,).
 
-    Training and evaluation are the same, unless `track_running_stats`: then training also averages the statistics of the
-    instances into the running ones, and evaluation uses those. Parameters are off by default, as in PyTorch.
+    Training and evaluation are the same, unless `track_running_stats`: then training also averages the statistics of
+    the instances into the running ones, and evaluation uses those. Parameters are off by default, as in PyTorch.
     `momentum=None` averages all batches equally (PyTorch takes it for 0 and never updates) and then counts them in
     num_batches_tracked, which PyTorch's instance norm leaves at 0.
 
@@ -488,15 +496,17 @@ class _InstanceNorm(_Tracking):
     def _run(self, input: Tensor, **options: Any) -> Tensor:
         _check_dims(self, input)
         _warn_of_channels(self, input)
-        arguments = self._arguments()
+        arguments: dict[str, Any] = self._arguments()
         if self.momentum is not None:
             arguments["num_batches_tracked"] = None
         arguments["use_input_stats"] = self.training or arguments["running_mean"] is None
         if isinstance(input, torch.fx.Proxy) or input.dim() > self._dims[0]:
             return functional.instance_norm(input, **arguments, **options)
         if options.get("sample_weight") is not None:
-            raise NormValueError(message("`sample_weight` needs an input with a batch axis", f"shape {tuple(input.shape)}"))
-        batched = {k: v.unsqueeze(0) if isinstance(v, Tensor) else v for k, v in options.items()}
+            raise NormValueError(
+                message("`sample_weight` needs an input with a batch axis", f"shape {tuple(input.shape)}")
+            )
+        batched: dict[str, Any] = {k: v.unsqueeze(0) if isinstance(v, Tensor) else v for k, v in options.items()}
         return functional.instance_norm(input.unsqueeze(0), **arguments, **batched).squeeze(0)
 
 
@@ -520,8 +530,8 @@ class LayerNorm(_Layer, nn.LayerNorm):
 
     y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance over `normalized_shape`.
 
-    Shapes: input (*, *normalized_shape), output the same; weight, bias normalized_shape. Training and evaluation are the
-    same and nothing is kept. Over images (N, C, H, W) this normalizes the *last* axes; over channels use
+    Shapes: input (*, *normalized_shape), output the same; weight, bias normalized_shape. Training and evaluation are
+    the same and nothing is kept. Over images (N, C, H, W) this normalizes the *last* axes; over channels use
     :class:`LayerNorm2d`. First values: weight 1, bias 0.
 
     Args:
@@ -602,11 +612,11 @@ class LayerNorm2d(LayerNorm):
 class GroupNorm(_Layer, nn.GroupNorm):
     """Group normalization (arXiv:1803.08494): groups of channels of each sample over their channels and positions.
 
-    y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance. One group is layer norm over (C, *S), one
-    channel per group is instance norm.
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance. One group is layer norm over (C, *S),
+    one channel per group is instance norm.
 
-    Shapes: input (N, C, *S), output the same; weight, bias (C,). Training and evaluation are the same, nothing is kept and
-    no sample sees another. A group of one value normalizes to 0. First values: weight 1, bias 0.
+    Shapes: input (N, C, *S), output the same; weight, bias (C,). Training and evaluation are the same, nothing is kept
+    and no sample sees another. A group of one value normalizes to 0. First values: weight 1, bias 0.
 
     Args:
         num_groups: groups; must divide the channels (`normkit.groups_for` finds a number that does).
@@ -658,9 +668,10 @@ class RMSNorm(_Layer, nn.RMSNorm):
 
     y = x / sqrt(mean(x^2) + eps) * weight, or * (1 + weight) with `gain="1+w"`.
 
-    Shapes: input (*, *normalized_shape), output the same; weight normalized_shape. Training and evaluation are the same.
-    First values: weight 1, or 0 with `gain="1+w"`. The paper adds eps outside the root; like nearly all later code we add
-    it inside.
+    Shapes: input (*, *normalized_shape), output the same; weight normalized_shape. Training and evaluation are the
+    same.
+    First values: weight 1, or 0 with `gain="1+w"`. The paper adds eps outside the root; like nearly all later code we
+    add it inside.
 
     Args:
         normalized_shape: length of the last axis, or lengths of the last axes.
@@ -689,7 +700,9 @@ class RMSNorm(_Layer, nn.RMSNorm):
         gain: str = "w",
         cast: str = "gemma",
     ) -> None:
-        _checked(self, elementwise_affine=elementwise_affine, gain=gain, cast=cast, **({} if eps is None else {"eps": eps}))
+        _checked(
+            self, elementwise_affine=elementwise_affine, gain=gain, cast=cast, **({} if eps is None else {"eps": eps})
+        )
         self.__dict__["gain"] = gain  # reset_parameters, which the parent's constructor calls, needs it
         super().__init__(_shape_of(self, normalized_shape), eps, elementwise_affine, device, dtype)
         self.gain = gain
@@ -756,9 +769,9 @@ class RMSNorm2d(RMSNorm):
 class NormAct(nn.Module):
     """A norm layer and an activation: y = act(norm(x) + residual).
 
-    The norm is the child `norm`, so tools that look for norm layers find it, and its parameters are named `norm.*`. With a
-    child of ours that has no hooks, all of it is one function; otherwise, and in a `torch.fx` trace, the child is called
-    and the activation follows.
+    The norm is the child `norm`, so tools that look for norm layers find it, and its parameters are named `norm.*`.
+    With a child of ours that has no hooks, all of it is one function; otherwise, and in a `torch.fx` trace, the child
+    is called and the activation follows.
 
     Shapes: as the norm; residual the shape of the input.
 
@@ -781,7 +794,9 @@ class NormAct(nn.Module):
             raise NormTypeError(message("NormAct: `norm` must be a layer", type(norm).__name__))
         if activation not in functional.ACTIVATIONS:
             known = functional.ACTIVATIONS
-            raise NormValueError(message("NormAct: `activation` must be known", repr(activation), nearest(activation, known)))
+            raise NormValueError(
+                message("NormAct: `activation` must be known", repr(activation), nearest(activation, known))
+            )
         self.norm = norm
         self.activation = activation
 
@@ -796,7 +811,8 @@ class NormAct(nn.Module):
         given = {"mask": mask, "sample_weight": sample_weight}
         options = {name: value for name, value in given.items() if value is not None}
         if _fusable(self.norm) and not isinstance(x, torch.fx.Proxy):
-            return self.norm._run(x, residual=residual, activation=self.activation, **options)
+            run: Any = self.norm._run
+            return run(x, residual=residual, activation=self.activation, **options)
         y = self.norm(x, **options)
         return functional.ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
@@ -805,7 +821,7 @@ class NormAct(nn.Module):
 
 
 def _fusable(norm: nn.Module) -> bool:
-    """Whether nothing but our own forward happens when this layer is called: no subclass, no hook, no parametrization."""
+    """Whether a call of this layer is nothing but our forward: no subclass, no hook, no parametrization."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return type(norm) in _OURS and not any(getattr(norm, name) for name in hooks)
 
@@ -824,10 +840,14 @@ def _shape_of(layer: nn.Module, normalized_shape: int | Sequence[int]) -> tuple[
 
 def _warn_of_channels(layer: Any, input: Tensor) -> None:
     """Without parameters another number of channels changes nothing; like torch.nn, say that something is odd."""
-    channels = input.shape[input.dim() - layer._dims[0]] if not isinstance(input, torch.fx.Proxy) else layer.num_features
+    channels = (
+        input.shape[input.dim() - layer._dims[0]] if not isinstance(input, torch.fx.Proxy) else layer.num_features
+    )
     if layer.weight is None and channels != layer.num_features:
         got = f"{layer.num_features}, and an input with {channels}"
-        warnings.warn(message(f"{type(layer).__name__}: `num_features` should be the input's channels", got), stacklevel=4)
+        warnings.warn(
+            message(f"{type(layer).__name__}: `num_features` should be the input's channels", got), stacklevel=4
+        )
 
 
 def _check_channels(layer: nn.Module, input: Tensor, channels: int) -> None:

@@ -1,0 +1,166 @@
+"""The commands. Results go to standard output, progress and errors to standard error."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from normkit.errors import NormError, NormRuntimeError, NormValueError, message
+from normkit.experiments import Comparison, Config
+from normkit.experiments import compare as run_comparison
+from normkit.experiments.config import INPUTS
+
+__all__ = ["run"]
+
+_EXIT_CODES = "Exit codes: 0 done, 2 bad input or usage, 130 interrupted (nothing is written), 1 anything else."
+_DEFAULT = Config()
+
+# typer brings click with it since 0.26 and imported it before: this finds the class in both.
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="normkit",
+    help="Normalization for neural networks.",
+    epilog=_EXIT_CODES,
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code. What normkit words goes to standard error in one line."""
+    try:
+        code = app(args=arguments, prog_name="normkit", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except _UsageError as error:
+        text = error.format_message()
+        # An empty command line shows the help, which is the message then.
+        print(f"error: {text}" if arguments else text, file=sys.stderr)
+        return 2
+    except NormRuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except NormError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+
+
+def _interrupted() -> int:
+    print("interrupted: nothing was written", file=sys.stderr)
+    return 130
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from normkit import __version__
+
+        print(f"normkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def normkit_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Normalization for neural networks."""
+
+
+@app.command(epilog=_EXIT_CODES)
+def compare(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="cnn or mlp. [default: cnn for images, mlp for tables]", show_default=False)
+    ] = None,
+    data: Annotated[str, typer.Option(help="digits, or an .npz file with x_train, y_train, x_test, y_test.")] = (
+        _DEFAULT.data
+    ),
+    norms: Annotated[str, typer.Option(help="Norms, NAME[:before|:after] the activation; none is no norm.")] = (
+        ",".join(_DEFAULT.norms)
+    ),
+    lrs: Annotated[str, typer.Option(help="Learning rates.")] = ",".join(f"{lr:g}" for lr in _DEFAULT.lrs),
+    batch_sizes: Annotated[str, typer.Option(help="Samples per step.")] = ",".join(map(str, _DEFAULT.batch_sizes)),
+    inputs: Annotated[str, typer.Option(help=f"Scaling of the inputs: {', '.join(INPUTS)}.")] = (
+        ",".join(_DEFAULT.inputs)
+    ),
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = _DEFAULT.seeds,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = _DEFAULT.epochs,
+    target: Annotated[float, typer.Option(help="Validation accuracy to be timed, as a share.")] = _DEFAULT.target,
+    framework: Annotated[str, typer.Option(help="What trains: torch.")] = _DEFAULT.framework,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes, one thread each. [default: one per core]", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("normkit-report"),
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
+) -> int:
+    """Compare normalizations: every norm at every rate, batch size and seed, each judged at its own best rate."""
+    try:
+        comparison = run_comparison(
+            model,
+            data,
+            norms=_names(norms),
+            lrs=_numbers("--lrs", lrs),
+            batch_sizes=_whole_numbers("--batch-sizes", batch_sizes),
+            inputs=_names(inputs),
+            seeds=seeds,
+            epochs=epochs,
+            target=target,
+            framework=framework,
+            workers=workers,
+            out=out,
+            command=_command(context),
+        )
+    except KeyboardInterrupt:
+        return _interrupted()
+    _show(comparison, out / "report.html", json)
+    return 0
+
+
+def _show(comparison: Comparison, report: Path, json: bool) -> None:
+    if json:
+        from normkit.report.words import to_json
+
+        sys.stdout.write(to_json(comparison))
+    else:
+        print(f"\n{comparison}\n\nreport: {report}")
+
+
+def _command(context: typer.Context) -> str:
+    """What was typed, without what was left at its default."""
+    typed = ["normkit", str(context.info_name)]
+    for parameter in context.command.params:
+        value, name = context.params[str(parameter.name)], parameter.opts[0]
+        if value == parameter.default or value is None:
+            continue
+        if value is True:
+            typed.append(name)
+        else:
+            typed += [name, str(value)] if name.startswith("-") else [str(value)]
+    return shlex.join(typed)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(name) for name in _names(text))
+    except ValueError:
+        raise NormValueError(message(f"`{option}` must be numbers separated by commas", repr(text))) from None
+
+
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(name) for name in _names(text))
+    except ValueError:
+        raise NormValueError(message(f"`{option}` must be whole numbers separated by commas", repr(text))) from None

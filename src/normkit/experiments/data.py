@@ -1,0 +1,260 @@
+"""Data for the embedded models: loaded, checked, split and scaled with NumPy."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normkit.errors import MissingExtraError, NormValueError, message
+
+__all__ = ["Dataset", "Part", "load", "prepare", "scale", "split"]
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+_SPLIT_SEED = 0  # of the test part of digits
+_VALIDATION_SEED = 1  # of the validation fifth: one for all variants and all seeds
+
+
+class Part(NamedTuple):
+    """Inputs (N, C, H, W) or (N, F), float32, and labels (N,), int64."""
+
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test data as loaded, images as (N, C, H, W). Labels count from 0 to `classes` - 1."""
+
+    name: str
+    train: Part
+    test: Part
+    classes: int
+
+    @property
+    def is_images(self) -> bool:
+        """Whether a sample is (C, H, W)."""
+        return self.train.x.ndim == 4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (C, H, W) or (F,)."""
+        return self.train.x.shape[1:]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of the content."""
+        digest = hashlib.sha256()
+        for array in (*self.train, *self.test):
+            digest.update(str((array.shape, array.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
+
+    def __str__(self) -> str:
+        kind = "images of " + " x ".join(map(str, self.shape)) if self.is_images else f"rows of {self.shape[0]} columns"
+        return f"{self.name}: {len(self.train.y)} + {len(self.test.y)} {kind}, {self.classes} classes"
+
+
+def load(source: str) -> Dataset:
+    """Load `digits` (8 x 8 scans in ten classes, from scikit-learn) or an .npz file.
+
+    The file holds x_train, y_train, x_test and y_test; x is (N, F), (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or
+    float; y holds whole numbers. The channel axis is the one smaller than both others.
+    Raises NormValueError for a file that is missing or whose content cannot be used, saying where.
+    """
+    if source == "digits":
+        return _digits()
+    path = Path(source)
+    if path.suffix != ".npz":
+        must = "`data` must be digits or the path of an .npz file"
+        raise NormValueError(message(must, repr(source), "save x_train, y_train, x_test, y_test with numpy.savez"))
+    if not path.is_file():
+        raise NormValueError(message("`data` must be a file that exists", repr(source)))
+    return _checked(path.name, _read(path))
+
+
+def split(y: NDArray[np.int64], count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the rest and of `count` samples, stratified: each class gives its share, rounded.
+
+    The shares that were rounded down furthest give the samples that are still missing.
+    """
+    classes, sizes = np.unique(y, return_counts=True)
+    exact = sizes * count / len(y)
+    taken = np.floor(exact).astype(int)
+    order = np.argsort(-(exact - taken), kind="stable")
+    taken[order[: count - taken.sum()]] += 1
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(y), dtype=bool)
+    for label, take in zip(classes, taken, strict=True):
+        chosen[rng.permutation(np.flatnonzero(y == label))[:take]] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+class Prepared(NamedTuple):
+    """The three parts, scaled alike."""
+
+    train: Part
+    validation: Part
+    test: Part
+
+
+def prepare(data: Dataset, inputs: str) -> Prepared:
+    """Set a stratified fifth of the training data apart for validation and scale all three parts.
+
+    `inputs` is fitted on what is left for training.
+    """
+    rest, held = split(data.train.y, round(len(data.train.y) / 5), _VALIDATION_SEED)
+    x, y = data.train
+    xs = scale(inputs, x[rest], x[held], data.test.x)
+    return Prepared(*(Part(part, labels) for part, labels in zip(xs, (y[rest], y[held], data.test.y), strict=True)))
+
+
+def scale(inputs: str, fitted: NDArray[Any], *others: NDArray[Any]) -> list[NDArray[np.float32]]:
+    """Scale all arrays by what `fitted` says: images with one value per channel, tables with one per column.
+
+    `max` divides by max|x|, `minmax` maps to 0..1, `standard` to mean 0 and standard deviation 1, `none` only converts
+    to float32. What is constant in `fitted` becomes 0. One value per pixel would blow up pixels that are almost always
+    empty: 88 standard deviations on digits.
+    """
+    axes = (0, 2, 3) if fitted.ndim == 4 else (0,)
+    x = fitted.astype(np.float64)
+    shift: Any = np.zeros_like(x, shape=(1,))
+    width: Any = np.ones_like(shift)
+    if inputs == "max":
+        width = np.abs(x).max(axes, keepdims=True)
+    elif inputs == "minmax":
+        shift = x.min(axes, keepdims=True)
+        width = x.max(axes, keepdims=True) - shift
+    elif inputs == "standard":
+        shift = x.mean(axes, keepdims=True)
+        # The spread of a constant column is rounding, not 0, where its value is no binary fraction.
+        constant = x.max(axes, keepdims=True) == x.min(axes, keepdims=True)
+        width = np.where(constant, 0.0, x.std(axes, keepdims=True))
+    factor = np.divide(1.0, width, out=np.zeros_like(width), where=width > 0)
+    return [((array.astype(np.float64) - shift) * factor).astype(np.float32) for array in (fitted, *others)]
+
+
+def _digits() -> Dataset:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        must = "the data `digits` needs scikit-learn, which is not installed"
+        raise MissingExtraError(message(must, hint="pip install 'normkit[lab]'")) from error
+    bunch = load_digits()
+    x = bunch.images[:, None].astype(np.float32)
+    y = bunch.target.astype(np.int64)
+    train, test = split(y, 450, _SPLIT_SEED)
+    return Dataset("digits", Part(x[train], y[train]), Part(x[test], y[test]), classes=10)
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        # Opened here, because NumPy leaves the file of a broken archive open.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            missing = [key for key in KEYS if key not in file]
+            if missing:
+                got = ", ".join(file.files) or "nothing"
+                raise NormValueError(message(f"{path.name} must hold {', '.join(KEYS)}", f"{got}", f"add {missing[0]}"))
+            return {key: _array(path, file, key) for key in KEYS}
+    except NormValueError:
+        raise
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        # TypeError: a lone array under the name .npz is no context manager.
+        must = f"{path.name} must be an .npz archive that numpy.savez wrote"
+        raise NormValueError(message(must, str(error).splitlines()[0])) from error
+
+
+def _array(path: Path, file: Any, key: str) -> NDArray[Any]:
+    try:
+        return np.asarray(file[key])
+    except ValueError as error:
+        # NumPy refuses object arrays here, because unpickling them would run code from the file.
+        must = f"{key} in {path.name} must be an array of numbers"
+        raise NormValueError(message(must, "Python objects", "convert it with numpy.stack or .astype")) from error
+
+
+def _checked(name: str, arrays: dict[str, NDArray[Any]]) -> Dataset:
+    for key in KEYS:
+        if arrays[key].size == 0:
+            raise NormValueError(message(f"{key} must not be empty", f"shape {arrays[key].shape}"))
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if y.ndim == 2 and y.shape[1] == 1:  # as Keras stores CIFAR
+            y = arrays[f"y_{part}"] = y[:, 0]
+        _check_inputs(f"x_{part}", x)
+        _check_labels(f"y_{part}", y)
+        if len(x) != len(y):
+            must = f"x_{part} and y_{part} must have the same length"
+            raise NormValueError(message(must, f"{len(x)} and {len(y)}"))
+    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
+        got = f"{arrays['x_train'].shape[1:]} and {arrays['x_test'].shape[1:]}"
+        raise NormValueError(message("samples of x_train and x_test must have the same shape", got))
+    classes = np.unique(arrays["y_train"])
+    if len(classes) < 2:
+        raise NormValueError(message("y_train must hold at least 2 classes", f"only {classes[0]}"))
+    unknown = np.setdiff1d(arrays["y_test"], classes)
+    if len(unknown):
+        must = "every label of y_test must appear in y_train"
+        raise NormValueError(message(must, ", ".join(map(str, unknown[:5]))))
+    if len(arrays["y_train"]) < 10:
+        must = "x_train must hold at least 10 samples, a fifth is set apart for validation"
+        raise NormValueError(message(must, len(arrays["y_train"])))
+    nchw = _layout(arrays["x_train"].shape)
+    parts = [
+        Part(
+            np.ascontiguousarray(nchw(arrays[f"x_{part}"]), dtype=np.float32),
+            np.searchsorted(classes, arrays[f"y_{part}"]).astype(np.int64),
+        )
+        for part in ("train", "test")
+    ]
+    return Dataset(name, parts[0], parts[1], classes=len(classes))
+
+
+def _check_inputs(key: str, x: NDArray[Any]) -> None:
+    if x.ndim not in (2, 3, 4):
+        raise NormValueError(message(f"{key} must be (N, F), (N, H, W), (N, H, W, C) or (N, C, H, W)", x.shape))
+    if x.dtype.kind not in "uif":
+        raise NormValueError(message(f"{key} must hold real numbers", f"dtype {x.dtype}"))
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite(x.astype(np.float32))
+    if bad.any():
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        value = "NaN" if np.isnan(x[first]) else f"{x[first]:g}"
+        must = f"{key} must be finite in float32"
+        raise NormValueError(message(must, f"{int(bad.sum())} values that are not, the first at {first} is {value}"))
+
+
+def _check_labels(key: str, y: NDArray[Any]) -> None:
+    if y.ndim != 1:
+        hint = "turn one-hot rows into numbers with .argmax(1)" if y.ndim == 2 else None
+        raise NormValueError(message(f"{key} must be (N,)", f"shape {y.shape}", hint))
+    if y.dtype.kind not in "ui":
+        must = f"{key} must hold whole numbers, one per class"
+        raise NormValueError(message(must, f"dtype {y.dtype}", "convert it with .astype(int)"))
+    if y.min() < 0:
+        first = int(np.argmax(y < 0))
+        raise NormValueError(message(f"{key} must hold labels of at least 0", f"{y[first]} at {first}"))
+
+
+def _layout(shape: tuple[int, ...]) -> Any:
+    """The function that brings inputs of this shape to (N, C, H, W), or leaves (N, F) alone."""
+    if len(shape) == 2:
+        return lambda x: x
+    if len(shape) == 3:
+        return lambda x: x[:, None]
+    _, a, b, c = shape
+    # At most one of the two can hold: a channel axis is smaller than both axes of the image.
+    if c < min(a, b):
+        return lambda x: x.transpose(0, 3, 1, 2)
+    if a < min(b, c):
+        return lambda x: x
+    # Rather refused than trained on pictures cut the wrong way.
+    must = "x_train must have a channel axis, first or last, that is smaller than both axes of the image"
+    raise NormValueError(message(must, shape, "save images of one channel as (N, H, W)"))

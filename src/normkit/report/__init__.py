@@ -1,0 +1,1 @@
+"""Results in words, figures (numbers first, then drawings) and one self-contained HTML page."""

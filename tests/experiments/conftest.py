@@ -1,0 +1,53 @@
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from normkit.experiments.config import TrialConfig
+from normkit.experiments.trial import Evaluation, TrialResult
+
+
+@pytest.fixture
+def arrays() -> dict[str, Any]:
+    """Two easy classes in a table of three columns."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 2
+    x = rng.normal(size=(60, 3)) + 3 * y[:, None]
+    return {"x_train": x[:40], "y_train": y[:40], "x_test": x[40:], "y_test": y[40:]}
+
+
+@pytest.fixture
+def npz(tmp_path: Path, arrays: dict[str, Any]) -> Callable[..., str]:
+    """Save the arrays, with changes, and return the path."""
+
+    def save(**changes: Any) -> str:
+        kept = {name: value for name, value in {**arrays, **changes}.items() if value is not None}
+        np.savez(tmp_path / "data.npz", **kept)
+        return str(tmp_path / "data.npz")
+
+    return save
+
+
+@pytest.fixture
+def trial() -> Callable[..., TrialResult]:
+    """Make a result by hand: validation accuracies every 10 steps, an epoch each, from step 0; 0.1 s per step."""
+
+    def make(
+        norm: str = "none",
+        lr: float = 0.1,
+        seed: int = 0,
+        accuracies: Sequence[float] = (0.1, 0.9),
+        train_loss: float = 0.1,
+        test: float = 0.5,
+        diverged: bool = False,
+        **changes: Any,
+    ) -> TrialResult:
+        settings = {"batch_size": 32, "inputs": "standard", "epochs": max(1, len(accuracies) - 1), **changes}
+        config = TrialConfig("torch", "mlp", "f" * 16, norm, lr, seed=seed, **settings)
+        curve = tuple(Evaluation(10 * n, 1.0 * n, 1 - value, value) for n, value in enumerate(accuracies))
+        steps = curve[-1].step or 1
+        return TrialResult(config, curve, (train_loss,), steps, 0.1 * steps, diverged, None if diverged else test)
+
+    return make

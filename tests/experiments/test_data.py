@@ -1,0 +1,176 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from normkit.errors import MissingExtraError, NormValueError
+from normkit.experiments.data import load, prepare, scale, split
+
+
+def with_value(array, index, value):
+    array = np.array(array, dtype=float)
+    array[index] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (lambda a: {"y_test": None}, "add y_test"),
+        (lambda a: {"x_train": a["x_train"][:, 0]}, "x_train must be (N, F), (N, H, W)"),
+        (lambda a: {"x_test": a["x_test"][:, :2]}, "same shape; got (3,) and (2,)"),
+        (lambda a: {"y_train": a["y_train"][:-1]}, "same length; got 40 and 39"),
+        (lambda a: {"y_test": a["y_test"][:-3]}, "x_test and y_test must have the same length; got 20 and 17"),
+        (lambda a: {"y_train": a["y_train"].astype(float)}, "whole numbers, one per class; got dtype float64"),
+        (lambda a: {"y_train": np.eye(2, dtype=int)[a["y_train"]]}, ".argmax(1)"),
+        (lambda a: {"y_train": a["y_train"] - 1}, "at least 0; got -1 at 0"),
+        (lambda a: {"y_test": a["y_test"] + 5}, "must appear in y_train; got 5, 6"),
+        (lambda a: {"y_train": np.zeros(40, int), "y_test": np.zeros(20, int)}, "at least 2 classes; got only 0"),
+        (
+            lambda a: {"x_train": with_value(a["x_train"], (7, 2), np.nan)},
+            "1 values that are not, the first at (7, 2) is NaN",
+        ),
+        (lambda a: {"x_test": with_value(a["x_test"], (3, 0), -np.inf)}, "x_test must be finite"),
+        (lambda a: {"x_train": with_value(a["x_train"], (0, 1), 1e300)}, "the first at (0, 1) is 1e+300"),
+        (lambda a: {"x_train": a["x_train"].astype(complex)}, "real numbers; got dtype complex128"),
+        (lambda a: {"x_test": a["x_test"][:0], "y_test": a["y_test"][:0]}, "x_test must not be empty"),
+        (lambda a: {"x_train": np.array([[None]] * 40)}, "Python objects"),
+        (lambda a: {"x_train": a["x_train"][:6], "y_train": a["y_train"][:6]}, "at least 10 samples"),
+        (lambda a: {"x_train": np.zeros((40, 8, 8, 8)), "x_test": np.zeros((20, 8, 8, 8))}, "must have a channel axis"),
+    ],
+)
+def test_bad_content_is_refused(npz, arrays, changes, said):
+    with pytest.raises(NormValueError) as error:
+        load(npz(**changes(arrays)))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mnist", "data.csv", "missing.npz"])
+def test_missing_data_is_refused(name, tmp_path):
+    with pytest.raises(NormValueError, match="`data` must be"):
+        load(name if "." not in name else str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"\x93NUMPY"])
+def test_what_is_no_archive_is_refused(tmp_path, content):
+    path = tmp_path / "x.npz"
+    path.write_bytes(content)
+    with pytest.raises(NormValueError, match=r"x\.npz must be an \.npz archive"):
+        load(str(path))
+
+
+def test_a_lone_array_is_refused(tmp_path):
+    with (tmp_path / "x.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(NormValueError, match=r"x\.npz must be an \.npz archive"):
+        load(str(tmp_path / "x.npz"))
+
+
+def test_an_archive_cut_short_is_refused(npz):
+    path = Path(npz())
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(NormValueError, match=r"must be an \.npz archive"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [
+        ((6, 5), (1, 6, 5)),
+        ((6, 5, 3), (3, 6, 5)),
+        ((6, 5, 1), (1, 6, 5)),
+        ((3, 6, 5), (3, 6, 5)),
+        ((1, 6, 5), (1, 6, 5)),
+        ((4, 4, 1), (1, 4, 4)),
+    ],
+)
+def test_images_become_channels_first(npz, shape, kept):
+    rng = np.random.default_rng(0)
+    train, test = rng.integers(0, 256, (40, *shape), dtype=np.uint8), rng.integers(0, 256, (20, *shape), dtype=np.uint8)
+    data = load(npz(x_train=train, x_test=test))
+    assert data.shape == kept
+    # The picture must not be cut the wrong way: the first channel is the first channel.
+    first = train[0] if len(shape) == 2 else train[0, 0] if shape == kept else train[0, :, :, 0]
+    np.testing.assert_array_equal(data.train.x[0, 0], first)
+
+
+def test_labels_are_numbered_from_zero_and_may_be_a_column(npz, arrays):
+    data = load(npz(y_train=arrays["y_train"][:, None] * 4 + 3, y_test=arrays["y_test"] * 4 + 3))
+    np.testing.assert_array_equal(data.train.y, arrays["y_train"])
+    assert data.classes == 2
+
+
+def test_fingerprint_follows_the_content(npz, arrays):
+    first = load(npz()).fingerprint
+    assert load(npz()).fingerprint == first
+    assert load(npz(x_test=arrays["x_test"] + 1)).fingerprint != first
+
+
+def test_split_is_stratified_exact_and_repeatable():
+    y = np.repeat([0, 1, 2], [50, 30, 21])
+    rest, taken = split(y, 20, seed=0)
+    assert len(taken) == 20
+    np.testing.assert_array_equal(np.sort(np.concatenate([rest, taken])), np.arange(101))
+    np.testing.assert_array_equal(np.bincount(y[taken]), [10, 6, 4])
+    np.testing.assert_array_equal(split(y, 20, seed=0)[1], taken)
+    assert not np.array_equal(split(y, 20, seed=1)[1], taken)
+
+
+def test_digits():
+    data = load("digits")
+    assert (len(data.train.y), len(data.test.y), data.shape, data.classes) == (1347, 450, (1, 8, 8), 10)
+    parts = prepare(data, "standard")
+    assert len(parts.train.y) + len(parts.validation.y) == 1347
+    assert len(parts.validation.y) == 269
+    assert np.ptp(np.bincount(parts.validation.y)) <= 2
+    # One value per channel. Per pixel, as for a table, the pixels that are almost always empty blow up.
+    assert max(abs(part.x).max() for part in parts) < 20
+    table = data.train.x.reshape(1347, 64)
+    assert abs(scale("standard", table)[0]).max() > 20
+
+
+def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(MissingExtraError, match=r"normkit\[lab\]"):
+        load("digits")
+
+
+def test_scaling_of_tables_is_per_column_and_fitted_on_training_alone():
+    train = np.array([[1.0, -4.0, 7.0], [3.0, 2.0, 7.0]])
+    other = np.array([[5.0, 8.0, 9.0]])
+    for mode, expected, expected_other in [
+        ("none", train, other),
+        ("max", [[1 / 3, -1, 1], [1, 0.5, 1]], [[5 / 3, 2, 9 / 7]]),
+        ("minmax", [[0, 0, 0], [1, 1, 0]], [[2, 2, 0]]),
+        ("standard", [[-1, -1, 0], [1, 1, 0]], [[3, 3, 0]]),
+    ]:
+        scaled, scaled_other = scale(mode, train, other)
+        np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+        np.testing.assert_allclose(scaled_other, expected_other, rtol=1e-6)
+        assert scaled.dtype == np.float32
+
+
+@pytest.mark.parametrize("mode", ["max", "minmax", "standard"])
+def test_scaling_of_images_is_per_channel(mode):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 2, 3, 3)) * np.array([1, 100])[:, None, None]
+    scaled = scale(mode, x)[0]
+    # One factor and one shift per channel: differences keep their ratio between pixels.
+    for channel in range(2):
+        before, after = x[:, channel].ravel(), scaled[:, channel].ravel()
+        np.testing.assert_allclose(
+            np.diff(after) / np.diff(before), (after[1] - after[0]) / (before[1] - before[0]), rtol=1e-3
+        )
+    assert abs(abs(scaled[:, 0]).max() / abs(scaled[:, 1]).max() - 1) < 1
+
+
+@pytest.mark.parametrize("mode", ["minmax", "standard"])
+def test_a_constant_column_becomes_zero_even_if_it_is_no_binary_fraction(mode):
+    x = np.full((1000, 1), 0.1)
+    assert (scale(mode, x, x + 5)[1] == 0).all()
+
+
+def test_an_empty_column_stays_zero_under_max():
+    assert (scale("max", np.zeros((4, 1)), np.ones((4, 1)))[1] == 0).all()
