@@ -101,7 +101,7 @@ def draw_rate_range(figure: RateRange, name: str) -> str:
             axes.text(0.01, -12, "diverged", transform=axes.get_yaxis_transform(), verticalalignment="center")
         else:
             axes.set_ylim(0, 101)
-        described = f"Validation accuracy over the last epoch against the learning rate for {len(figure.rates)} variants"
+        described = f"Validation accuracy over the last epoch against the rate for {len(figure.rates)} variants"
         return _svg(canvas, name, described)
 
 
