@@ -10,7 +10,15 @@ from normkit.experiments.verb import Comparison
 from normkit.report import draw, render, words
 from normkit.report.figures import Curve, Rate, learning_curves, rate_range
 
-ENVIRONMENT = {"versions": {"normkit": "0"}, "system": "x", "cores": 2, "workers": 2, "seconds": 1.0, "command": None}
+ENVIRONMENT = {
+    "versions": {"normkit": "0"},
+    "system": "x",
+    "instruction_sets": [],
+    "cores": 2,
+    "workers": 2,
+    "seconds": 1.0,
+    "command": None,
+}
 
 
 def comparison(trials, **config):

@@ -1,6 +1,6 @@
 """The plan, run by any array namespace: forward, evaluation, closed-form backward and the update of what is kept.
 
-`xp` is a module with `reshape, mean, sum, sqrt, where, clip, concatenate` in NumPy's spelling: numpy, torch,
+`xp` is a module with `reshape, sum, sqrt, where, clip, concatenate` in NumPy's spelling: numpy, torch,
 jax.numpy and keras.ops all are. Inputs arrive in the type in which statistics accumulate (float32 or wider); callers
 widen before and narrow after.
 
@@ -278,8 +278,9 @@ def _averager(xp: Any, p: NormPlan, shape: tuple[int, ...], weight: Any) -> tupl
     """Return (average over the reduced axes, total weight, effective number of values)."""
     if weight is None:
         n = count(p, shape)
-        mean = xp.sum if n == 0 else xp.mean  # of nothing: 0, not NaN, which would reach the gradient of gamma
-        return (lambda a: mean(a, axis=p.reduce, keepdims=True)), n, n
+        divisor = 1 if n == 0 else n  # the average of nothing is 0: NaN would reach the gradient of gamma
+        # Not `mean`, which Keras computes in float32 even for float64.
+        return (lambda a: xp.sum(a, axis=p.reduce, keepdims=True) / divisor), n, n
     # Values of one position share its weight: the channels of a group, for example.
     repeats = product([shape[axis] for axis in p.reduce if weight.shape[axis] == 1])
     total = xp.sum(weight, axis=p.reduce, keepdims=True) * repeats

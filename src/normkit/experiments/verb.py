@@ -21,6 +21,7 @@ from normkit.experiments.progress import NoProgress, Progress, progress
 from normkit.experiments.protocol import Training, training
 from normkit.experiments.runner import cores, run_trials
 from normkit.experiments.trial import TrialResult, steps_per_epoch, trainer_for
+from normkit.kernels import instruction_sets
 
 __all__ = ["Comparison", "compare"]
 
@@ -196,6 +197,7 @@ def _run(config: Config, workers: int, command: str | None, show_progress: bool)
         "versions": {"normkit": __version__, "python": platform.python_version(), **module.versions()},
         "system": f"{platform.system()} {platform.machine()}",
         "cores": cores(),
+        "instruction_sets": list(instruction_sets()),
         "workers": workers,
         "seconds": round(time.perf_counter() - begun, 1),
         "command": command,

@@ -118,6 +118,8 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    machine = [f"{environment['cores']} cores", f"{environment['workers']} workers", environment["system"]]
+    machine += environment["instruction_sets"][:1]  # the widest
     return [
         ("Command", environment["command"] or "normkit.compare(...)"),
         ("Data", comparison.data),
@@ -130,6 +132,6 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("Seeds", listed(range(config.seeds))),
         ("Epochs", f"{config.epochs}"),
         ("Trials", f"{len(comparison.trials)} in {environment['seconds']:.0f} s"),
-        ("Machine", f"{environment['cores']} cores, {environment['workers']} workers, {environment['system']}"),
+        ("Machine", ", ".join(machine)),
         ("Versions", versions),
     ]
