@@ -174,3 +174,18 @@ def test_a_constant_column_becomes_zero_even_if_it_is_no_binary_fraction(mode):
 
 def test_an_empty_column_stays_zero_under_max():
     assert (scale("max", np.zeros((4, 1)), np.ones((4, 1)))[1] == 0).all()
+
+
+@pytest.mark.parametrize("inputs", ["max", "minmax", "standard"])
+def test_inputs_are_fitted_on_what_is_left_for_training(npz, arrays, inputs):
+    """Neither the validation part nor the test part may move the scaling."""
+    from normkit.experiments.data import prepare
+
+    before = prepare(load(npz()), inputs)
+    data = load(npz(x_test=arrays["x_test"] * 100.0))
+    np.testing.assert_array_equal(prepare(data, inputs).train.x, before.train.x)
+    fitted = before.train.x
+    expected = {"max": np.abs(fitted).max(0), "minmax": fitted.max(0), "standard": fitted.std(0)}[inputs]
+    # 1 up to float32's rounding of 40 values: fitted on more than the training part it would be off by percents
+    np.testing.assert_allclose(expected, 1.0, atol=1e-5)
+    assert np.abs(np.abs(before.validation.x).max(0) - 1.0).min() > 1e-3

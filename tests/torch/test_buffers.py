@@ -259,3 +259,66 @@ def test_a_mask_that_leaves_one_value_leaves_what_is_kept(name):
     layer = LAYERS[name]()
     layer(batch(), mask=mask)
     torch.testing.assert_close(layer.state_dict(), LAYERS[name]().state_dict(), rtol=0, atol=0)
+
+
+@every
+@pytest.mark.parametrize("training_between", [True, False])
+def test_evaluation_before_training_and_one_backward(name, training_between):
+    """What the first forward saved must not be the buffer that the second one writes."""
+    layer, alone = LAYERS[name](), LAYERS[name]()
+    x, other = batch().requires_grad_(), batch().requires_grad_()
+    y = layer.eval()(x)
+    if training_between:
+        layer.train()(batch(1))
+    y.pow(3).sum().backward()
+    alone.eval()(other).pow(3).sum().backward()
+    torch.testing.assert_close(x.grad, other.grad, rtol=0, atol=0)
+
+
+def test_renorm_refuses_to_be_checkpointed_once_its_clips_are_open():
+    """Run again, it would correct by statistics that have moved: other gradients, silently."""
+    layer = nk.BatchRenorm2d(4, schedule=RenormSchedule(start=0, r_end=0, d_end=0))
+    y = checkpoint(layer, batch().requires_grad_(), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="must not run this forward again"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e4])
+@pytest.mark.parametrize("shape", [(32, 8, 56, 56), (8192, 8), (32, 8, 3136)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_many_values_far_from_zero(shape, offset, training):
+    """1e5 values per channel, in every layout; naive sums over a column give a variance 57 times too large."""
+    dims = len(shape) - 2
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + offset
+    layouts = [x, x.contiguous(memory_format=torch.channels_last)] if dims == 2 else [x]
+    axes = [0, *range(2, len(shape))]
+    exact = x.double()
+    mean, var = exact.mean(axes, keepdim=True), exact.var(axes, correction=0, keepdim=True)
+    expected = (exact - mean) / (var + 1e-5).sqrt()
+    for laid in layouts:
+        layer = getattr(nk, f"BatchNorm{max(1, dims)}d")(8, momentum=1.0, bessel=False)
+        y = layer(laid)
+        if not training:
+            y = layer.eval()(laid)
+        # float32 keeps a mean to half a spacing, 6e-8 of it; the output is off by that in standard deviations
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=5e-6 + 2e-7 * offset)
+        torch.testing.assert_close(layer.running_var.double(), var.flatten(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(16, 4), (4, 4, 5, 5)], ids=str)
+def test_evaluation_works_on_the_deviation(shape):
+    """x * scale + shift would be off by 5e-4 here: 1e4 * eps / 2."""
+    layer = getattr(nk, f"BatchNorm{max(1, len(shape) - 2)}d")(4).eval()
+    layer.running_mean.fill_(1e4)
+    layer.running_var.fill_(0.7)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 1e4
+    expected = (x.double() - 1e4) / (0.7 + 1e-5) ** 0.5
+    torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e19])
+def test_only_proportions_of_weights_count(scale):
+    weight = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])
+    a, b = nk.BatchNorm2d(4), nk.BatchNorm2d(4)
+    torch.testing.assert_close(b(batch(), sample_weight=weight * scale), a(batch(), sample_weight=weight))
+    torch.testing.assert_close(b.state_dict(), a.state_dict())

@@ -130,6 +130,19 @@ WRONG = {
         "`virtual_batch_size` must be a whole number of at least 2; got 1",
     ),
     "name": (lambda: nk.norm_layer("bach", 8, 2), "must be in the catalog; got 'bach'. hint: did you mean batch"),
+    "no groups": (lambda: functional.group_norm(X, 0), "`num_groups` must be a whole number of at least 1; got 0"),
+    "ghost size": (
+        lambda: functional.ghost_batch_norm(X, None, None, virtual_batch_size=0),
+        "`virtual_batch_size` must be a whole number of at least 2; got 0",
+    ),
+    "nonfinite": (
+        lambda: functional.batch_norm(X, None, None, nonfinite="ignore"),
+        "`nonfinite` must be one of 'skip', 'update'; got 'ignore'",
+    ),
+    "no count": (
+        lambda: functional.batch_norm(X, torch.zeros(8), torch.ones(8), training=True, momentum=None),
+        "`momentum=None` averages all batches and needs `num_batches_tracked`",
+    ),
     "instance of a table": (lambda: nk.norm_layer("instance", 8, 0), "instance_norm needs spatial axes"),
 }
 WRONG_TYPE = {
@@ -139,6 +152,9 @@ WRONG_TYPE = {
         lambda: nk.BatchNorm2d(8)(X, mask=torch.ones(4, 5, 3)),
         r"`mask` must be boolean; got torch.float32. hint: True marks real data",
     ),
+    "mask array": (lambda: nk.BatchNorm2d(8)(X, mask=X[:, 0].numpy() > 0), "`mask` must be a tensor; got ndarray"),
+    "bessel": (lambda: functional.batch_norm(X, None, None, bessel="x"), "`bessel` must be True or False; got 'x'"),
+    "no activation": (lambda: nk.NormAct(nk.BatchNorm2d(8), None), "`activation` must be a name; got None"),
     "schedule": (lambda: nk.BatchRenorm2d(8, schedule=3), "`schedule` must be a normkit RenormSchedule; got 3"),
     "features": (lambda: nk.BatchNorm2d("8"), "`num_features` must be a whole number of at least 1; got '8'"),
     "norm": (lambda: nk.NormAct("batch"), "`norm` must be a layer; got str"),

@@ -107,3 +107,29 @@ def test_unknown_activation_names_the_nearest():
         nk.NormAct(nk.BatchNorm2d(8), "rellu")
     with pytest.raises(NormValueError, match="did you mean relu"):
         functional.group_norm(X, 4, activation="rellu")
+
+
+@pytest.mark.parametrize("activation", TORCH)
+def test_padding_of_a_residual_reaches_no_gradient(activation):
+    mask = torch.ones(4, 5, 5, dtype=torch.bool)
+    mask[:, 3:] = False
+    x, r = X.clone().requires_grad_(), R.clone()
+    r[:, :, 3:] = float("nan")
+    r.requires_grad_()
+    layer = nk.NormAct(nk.BatchNorm2d(8), activation)
+    layer(x, r, mask=mask).sum().backward()
+    for t in (x, r, *layer.parameters()):
+        assert t.grad.isfinite().all()
+
+
+def test_a_replaced_forward_and_global_hooks_are_respected():
+    layer = nk.NormAct(nk.BatchNorm2d(8))
+    layer.norm.forward = lambda x: torch.full_like(x, 7.0)
+    assert (layer(X) == 7).all()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        nk.NormAct(nk.BatchNorm2d(8))(X)
+    finally:
+        handle.remove()
+    assert nk.BatchNorm2d in seen

@@ -238,3 +238,27 @@ def test_export_uses_operations_other_runtimes_know():
     program = torch.export.export(model, (data(torch.float32),))
     found = [n.target.__name__.split(".")[0] for n in program.graph.nodes if n.op == "call_function"]
     assert found == ["batch_norm", "layer_norm", "group_norm", "rms_norm"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_first_gradients_of_a_layer_used_twice_do_not_depend_on_create_graph(masked):
+    made = layer("GhostBatchNorm2d", True)
+    mask = torch.rand(N, 4, 4, generator=torch.Generator().manual_seed(3)) > 0.3 if masked else None
+
+    def run():
+        return (torch.tanh(made(torch.sin(made(data(), mask)), mask)) ** 3).sum()
+
+    plain = torch.autograd.grad(run(), list(made.parameters()))
+    graphed = torch.autograd.grad(run(), list(made.parameters()), create_graph=True)
+    for a, b in zip(plain, graphed, strict=True):
+        torch.testing.assert_close(b, a, **TIGHT)
+
+
+def test_vmap_over_renorms_with_their_own_statistics():
+    models = [layer("BatchRenorm2d", True) for _ in range(2)]
+    params, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+    xs = torch.stack([data(), data() * 2])
+    y = vmap(lambda p, b, x: functional_call(base, (p, b), (x,)))(params, buffers, xs)
+    for k, model in enumerate(models):
+        torch.testing.assert_close(y[k], model(xs[k]), **TIGHT)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +37,8 @@ app = typer.Typer(
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code. What normkit words goes to standard error in one line."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(args=arguments, prog_name="normkit", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -51,6 +55,10 @@ def run(arguments: list[str]) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt  # being told to end is an interruption: workers end, nothing is half written
 
 
 def _interrupted() -> int:

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from normkit.errors import NormRuntimeError, message
+from normkit.errors import NormRuntimeError, NormValueError, message
 
 __all__ = ["OutputFolder", "write"]
 
@@ -40,6 +40,8 @@ class OutputFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.fspath(path):
+            raise NormValueError(message("the output folder must have a name", repr(path), "--out normkit-report"))
         self.path = Path(path)
         self._made: list[Path] = []
 

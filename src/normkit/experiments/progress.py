@@ -54,7 +54,9 @@ class PlainProgress(NoProgress):
         self.done += 1
         now = time.monotonic()
         if self.done == self.total:
-            print(f"{self.done} trials in {now - self.begun:.0f} s", file=self.stream, flush=True)
+            print(
+                f"{self.done} trial{'s' * (self.done != 1)} in {now - self.begun:.0f} s", file=self.stream, flush=True
+            )
         elif now - self.said >= self.every:
             self.said = now
             left = (now - self.begun) / self.done * (self.total - self.done)

@@ -10,6 +10,8 @@ import os
 import pickle
 import signal
 import sys
+import threading
+import time
 import traceback
 from typing import NamedTuple
 
@@ -33,6 +35,7 @@ def main() -> None:
     """Serve one parent: first the framework and the data come, then one configuration after the other."""
     # Ctrl-C reaches the whole group of processes; the parent decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed must not get between the answers
     questions = sys.stdin.buffer
@@ -47,6 +50,13 @@ def main() -> None:
             answers.flush()
     except (EOFError, BrokenPipeError):
         return  # no more trials, or the parent is gone
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process once its parent is gone: in the middle of a long trial the closed pipe goes unnoticed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _answer(config: TrialConfig, data: Dataset, prepared: dict[str, Prepared], module: object) -> object:

@@ -15,7 +15,7 @@ from normkit.core.plan import NormPlan
 from normkit.core.spec import NormSpec
 from normkit.errors import NormRuntimeError, message
 
-__all__ = ["WideBuffers", "keep"]
+__all__ = ["WideBuffers", "keep", "recomputing"]
 
 
 def keep(
@@ -35,7 +35,7 @@ def keep(
     nothing, `count` included, unless `nonfinite` is "update". Nothing is written where a backward pass runs this
     forward again (activation checkpointing): the batch has been counted.
     """
-    if _recomputing():
+    if recomputing():
         return
     with torch.no_grad():
         batch, known = formula.merged(torch, spec, p, moments, eps=eps)
@@ -70,7 +70,7 @@ def keep(
         _write(changes)
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether this forward runs inside a backward pass. PyTorch has no public name for that; the test is guarded."""
     if torch.compiler.is_compiling():
         return False  # the compiler's own recomputation does not repeat writes

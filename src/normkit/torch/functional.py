@@ -9,6 +9,7 @@ uses n = sum(w)^2 / sum(w^2). Errors are NormValueError and NormTypeError, which
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from normkit.core import catalog, formula, plan
 from normkit.core.axes import Sizes
+from normkit.core.constraints import check
 from normkit.core.plan import NormPlan
-from normkit.core.spec import NormSpec
-from normkit.errors import NormTypeError, NormValueError, message, nearest
-from normkit.torch._buffers import keep
+from normkit.core.spec import ARGUMENTS, NormSpec
+from normkit.errors import NormRuntimeError, NormTypeError, NormValueError, message, nearest
+from normkit.torch._buffers import keep, recomputing
 from normkit.torch._execute import accumulator, evaluate, normalize
 
 __all__ = [
@@ -91,7 +93,7 @@ def batch_norm(
         NormValueError: for one value per channel in training, and for shapes that do not fit.
     """
     return _tracked(
-        _SPECS[catalog.BATCH, bessel],
+        _spec(catalog.BATCH, bessel),
         input,
         _kept(running_mean, var=running_var),
         num_batches_tracked,
@@ -137,13 +139,13 @@ def ghost_batch_norm(
     Shapes: as :func:`batch_norm`.
     """
     return _tracked(
-        _SPECS[catalog.GHOST, bessel],
+        _spec(catalog.GHOST, bessel),
         input,
         _kept(running_mean, var=running_var),
         num_batches_tracked,
         weight,
         bias,
-        sizes=(("n", virtual_batch_size),),
+        sizes=_virtual(virtual_batch_size),
         training=training,
         momentum=momentum,
         eps=eps,
@@ -231,7 +233,7 @@ def instance_norm(
         NormValueError: for maps of a single position, which have no variance.
     """
     return _tracked(
-        _SPECS[catalog.INSTANCE_TRACKED, bessel],
+        _spec(catalog.INSTANCE_TRACKED, bessel),
         input,
         _kept(running_mean, var=running_var),
         num_batches_tracked,
@@ -300,6 +302,7 @@ def group_norm(
     Shapes: input (N, C, *S) with C divisible by `num_groups`; weight and bias (C,). A group of a single value
     normalizes to 0, whatever the batch size.
     """
+    _check("group_norm", num_groups=num_groups)
     sizes = (("g", num_groups),)
     return _untracked(
         catalog.GROUP, sizes, input, weight, bias, eps, activation, residual, mask=mask, sample_weight=sample_weight
@@ -398,6 +401,10 @@ def _tracked(
     untracked: NormSpec | None = None,
 ) -> Tensor:
     """Run a normalizer whose statistics may be kept: by those of the input, or by the kept ones."""
+    _check(spec.name, momentum=momentum, nonfinite=nonfinite)
+    if momentum is None and number is None and kept is not None and training:
+        must = f"{spec.name}: `momentum=None` averages all batches and needs `num_batches_tracked`"
+        raise NormValueError(message(must, "None", "torch.zeros((), dtype=torch.long)"))
     p = _plan(spec, input, sizes)
     _check_affine(spec, p, input, weight, bias, kept)
     x, real, w = _weighted(input, mask, sample_weight)
@@ -408,6 +415,10 @@ def _tracked(
     chosen = spec if kept is not None or untracked is None else untracked
     correct = None
     if clips is not None and kept is not None:
+        if recomputing() and not (float(clips[0]) == 1.0 and float(clips[1]) == 0.0):
+            must = "batch_renorm: a backward pass must not run this forward again (activation checkpointing)"
+            hint = "r and d come from running statistics that have moved since; keep this layer out of the checkpoint"
+            raise NormRuntimeError(message(must, hint=hint))
         correct = formula.renorm(torch, kept, *clips, stop=Tensor.detach)
     y, moments = normalize(chosen, p, x, weight, bias, eps, weight=w, correct=correct)
     if kept is not None:
@@ -466,10 +477,26 @@ def _rms(
 
 
 def _trailing(normalized_shape: Sequence[int] | int) -> Sizes:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    single = isinstance(normalized_shape, numbers.Integral)
+    shape = (normalized_shape,) if single else tuple(normalized_shape)  # type: ignore[arg-type]
     if not shape:
         raise NormValueError(message("`normalized_shape` must have at least one axis", shape))
-    return (("*c", shape),)
+    return (("*c", tuple(int(n) for n in shape)),)  # type: ignore[arg-type]
+
+
+def _check(owner: str, **arguments: Any) -> None:
+    if not torch.compiler.is_compiling():  # what is compiled has passed here, or is a constant of the program
+        check(owner, ARGUMENTS, arguments)
+
+
+def _spec(spec: NormSpec, bessel: bool) -> NormSpec:
+    _check(spec.name, bessel=bessel)
+    return _SPECS[spec, bessel]
+
+
+def _virtual(size: int) -> Sizes:
+    _check("ghost_batch_norm", virtual_batch_size=size)
+    return (("n", size),)
 
 
 def _kept(mean: Tensor | None, **spread: Tensor | None) -> dict[str, Tensor] | None:
@@ -529,6 +556,9 @@ def _weighted(
     """Return (input with masked positions 0, mask, weights), the latter two with a channel axis of length 1 or None."""
     if mask is None and sample_weight is None:
         return input, None, None
+    for name, given in (("mask", mask), ("sample_weight", sample_weight)):
+        if given is not None and not isinstance(given, Tensor):
+            raise NormTypeError(message(f"`{name}` must be a tensor", type(given).__name__, "torch.as_tensor(...)"))
     target = (input.shape[0], *input.shape[2:])
     wide = accumulator(input.dtype)
     real = weight = None
@@ -539,6 +569,9 @@ def _weighted(
         watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if not watched and not bool(((weight >= 0) & weight.isfinite()).all()):
             raise NormValueError(message("`sample_weight` must be finite and >= 0", float(weight.min())))
+    if weight is not None and weight.numel():
+        top = weight.max()  # only proportions count; near 1 their squares neither vanish nor overflow
+        weight = weight / torch.where(top > 0, top, 1.0)
     if mask is not None:
         if mask.dtype != torch.bool:
             hint = "True marks real data: mask.bool(), or ~mask for a padding mask"
@@ -565,6 +598,8 @@ def _finish(y: Tensor, input: Tensor, real: Tensor | None, activation: str | Non
             got = f"{tuple(residual.shape)} and {tuple(input.shape)}"
             raise NormValueError(message("`residual` must have the shape of the input", got))
         y = y + residual
+        if real is not None:  # padding of the residual may be NaN, which an activation's slope would spread
+            y = torch.where(real, y, 0.0)
     if activation is not None:
         if activation not in ACTIVATIONS:
             raise NormValueError(

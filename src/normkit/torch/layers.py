@@ -16,6 +16,7 @@ function of :mod:`normkit.torch.functional`.
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.algebra import groups_for
-from normkit.core.constraints import check
+from normkit.core.constraints import Integer, check
 from normkit.core.schedule import RenormSchedule
 from normkit.core.spec import ARGUMENTS
 from normkit.errors import NormTypeError, NormValueError, message, nearest
@@ -392,7 +393,8 @@ class _BatchRenorm(WideBuffers, _Layer):
     def clips(self) -> tuple[Any, Any]:
         """Return (r_max, d_max) for the next batch."""
         number = self.num_batches_tracked
-        if torch.compiler.is_compiling() or type(number) is not Tensor or number.device.type != "cpu":
+        watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if watched or type(number) is not Tensor or number.device.type != "cpu":
             return self.schedule.at(torch, number.to(self.running_std.dtype))
         r_max, d_max = self.schedule.at(np, number.item())  # plain numbers cost nothing to clip by
         return float(r_max), float(d_max)
@@ -792,6 +794,8 @@ class NormAct(nn.Module):
         super().__init__()
         if not isinstance(norm, nn.Module):
             raise NormTypeError(message("NormAct: `norm` must be a layer", type(norm).__name__))
+        if not isinstance(activation, str):
+            raise NormTypeError(message("NormAct: `activation` must be a name", repr(activation)))
         if activation not in functional.ACTIVATIONS:
             known = functional.ACTIVATIONS
             raise NormValueError(
@@ -823,7 +827,8 @@ class NormAct(nn.Module):
 def _fusable(norm: nn.Module) -> bool:
     """Whether a call of this layer is nothing but our forward: no subclass, no hook, no parametrization."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return type(norm) in _OURS and not any(getattr(norm, name) for name in hooks)
+    replaced = "forward" in norm.__dict__ or any(getattr(norm, name) for name in hooks)
+    return type(norm) in _OURS and not replaced and not nn.modules.module._has_any_global_hook()
 
 
 _OURS = frozenset(layer for name, layer in list(globals().items()) if name in __all__ and name != "NormAct")
@@ -831,11 +836,12 @@ _OURS = frozenset(layer for name, layer in list(globals().items()) if name in __
 
 def _shape_of(layer: nn.Module, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     """Return `normalized_shape` as a tuple of whole numbers of at least 1."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
+    single = isinstance(normalized_shape, numbers.Integral)
+    shape = (normalized_shape,) if single else tuple(normalized_shape)  # type: ignore[arg-type]
+    if not shape or not all(Integer(1).allows(n) for n in shape):
         must = f"{type(layer).__name__}: `normalized_shape` must be whole numbers of at least 1"
         raise NormValueError(message(must, repr(normalized_shape)))
-    return shape
+    return tuple(int(n) for n in shape)  # type: ignore[arg-type]
 
 
 def _warn_of_channels(layer: Any, input: Tensor) -> None:
