@@ -15,7 +15,7 @@ from normkit.core.plan import NormPlan
 from normkit.core.spec import NormSpec
 from normkit.errors import NormRuntimeError, message
 
-__all__ = ["WideBuffers", "keep", "recomputing"]
+__all__ = ["WideBuffers", "keep", "recomputing", "watched"]
 
 
 def keep(
@@ -47,8 +47,9 @@ def keep(
             rate: Any = 0.0 if momentum is None else momentum
         else:
             rate = 1.0 / (count + 1).to(torch.float64 if count.device.type != "mps" else torch.float32)
-        direct = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-        if direct and known is True and kept["mean"].device.type == "cpu":  # a look at the values costs nothing here
+        if (
+            not watched() and known is True and kept["mean"].device.type == "cpu"
+        ):  # a look at the values costs nothing here
             if nonfinite == "skip" and not all(
                 math.isfinite(v.sum(dtype=torch.float64).item()) for v in batch.values()
             ):
@@ -68,6 +69,11 @@ def keep(
         if count is not None:
             changes.append((count, count + counted))
         _write(changes)
+
+
+def watched() -> bool:
+    """Whether a compiler or a torch.func transform stands between this code and plain values."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def recomputing() -> bool:

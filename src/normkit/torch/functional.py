@@ -24,7 +24,7 @@ from normkit.core.constraints import check
 from normkit.core.plan import NormPlan
 from normkit.core.spec import ARGUMENTS, NormSpec
 from normkit.errors import NormRuntimeError, NormTypeError, NormValueError, message, nearest
-from normkit.torch._buffers import keep, recomputing
+from normkit.torch._buffers import keep, recomputing, watched
 from normkit.torch._execute import accumulator, evaluate, normalize
 
 __all__ = [
@@ -566,8 +566,7 @@ def _weighted(
         if sample_weight.dim() == 1 and sample_weight.shape[0] == input.shape[0]:
             sample_weight = sample_weight.reshape(-1, *(1 for _ in input.shape[2:]))
         weight = _placed("sample_weight", sample_weight, target, input).to(wide).detach()
-        watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if not watched and not bool(((weight >= 0) & weight.isfinite()).all()):
+        if not watched() and not bool(((weight >= 0) & weight.isfinite()).all()):
             raise NormValueError(message("`sample_weight` must be finite and >= 0", float(weight.min())))
     if weight is not None and weight.numel():
         top = weight.max()  # only proportions count; near 1 their squares neither vanish nor overflow

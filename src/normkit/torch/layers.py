@@ -31,7 +31,7 @@ from normkit.core.schedule import RenormSchedule
 from normkit.core.spec import ARGUMENTS
 from normkit.errors import NormTypeError, NormValueError, message, nearest
 from normkit.torch import functional
-from normkit.torch._buffers import WideBuffers
+from normkit.torch._buffers import WideBuffers, watched
 
 __all__ = [
     "BatchNorm1d",
@@ -393,8 +393,7 @@ class _BatchRenorm(WideBuffers, _Layer):
     def clips(self) -> tuple[Any, Any]:
         """Return (r_max, d_max) for the next batch."""
         number = self.num_batches_tracked
-        watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if watched or type(number) is not Tensor or number.device.type != "cpu":
+        if watched() or type(number) is not Tensor or number.device.type != "cpu":
             return self.schedule.at(torch, number.to(self.running_std.dtype))
         r_max, d_max = self.schedule.at(np, number.item())  # plain numbers cost nothing to clip by
         return float(r_max), float(d_max)
