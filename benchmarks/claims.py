@@ -32,7 +32,7 @@ def row(model: str, seeds: range, variant: VariantSummary) -> dict[str, object]:
         "reached": sum(step is not None for step in variant.steps_to_target),
         "budget": variant.budget,
         "largest_rate": variant.largest_lr,
-        "test_accuracy": f"{variant.mean_test:.4f}",
+        "test_accuracy": f"{variant.mean_final:.4f}",
     }
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         runs = [range(arguments.seeds), *(range(k, k + 3) for k in range(0, arguments.seeds - 2, 3))]
         for seeds in runs:
             trials = [trial for trial in result.trials if trial.config.seed in seeds]
-            (group,) = summarize(trials, result.config.target, result.classes)
+            (group,) = summarize(trials, result.task)
             rows += [row(model, seeds, variant) for variant in group.variants]
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -9,7 +9,16 @@ import pytest
 
 HERE = Path(__file__).parent
 # Seconds on two cores. Areas are the folders of this directory.
-BUDGETS = {"core": 60, "torch": 240, "conformance": 240, "experiments": 60, "cli": 60, "docs": 60, "project": 60}
+BUDGETS = {
+    "core": 60,
+    "torch": 240,
+    "conformance": 240,
+    "experiments": 300,
+    "report": 60,
+    "cli": 60,
+    "docs": 60,
+    "project": 60,
+}
 SHARED = {"torch": "torch", "conformance": "torch"}  # areas that share a budget
 _spent: dict[str, float] = defaultdict(float)
 _count: dict[str, int] = defaultdict(int)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from normkit.core.algebra import groups_for as groups_for
     from normkit.errors import NormError as NormError
     from normkit.experiments import compare as compare
+    from normkit.experiments.activations import activations as activations
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 # replace the function of that name.
 _HOME = {
     "NormError": "normkit.errors",
+    "activations": "normkit.experiments.activations",
     "compare": "normkit.experiments",
     "groups_for": "normkit.core.algebra",
 }

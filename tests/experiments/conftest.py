@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from normkit.experiments.config import TrialConfig
-from normkit.experiments.trial import Evaluation, TrialResult
+from normkit.experiments.results import Evaluation, TrialResult
 
 
 @pytest.fixture
@@ -32,22 +33,50 @@ def npz(tmp_path: Path, arrays: dict[str, Any]) -> Callable[..., str]:
 
 @pytest.fixture
 def trial() -> Callable[..., TrialResult]:
-    """Make a result by hand: validation accuracies every 10 steps, an epoch each, from step 0; 0.1 s per step."""
+    """Make a result by hand: a validation metric every 10 steps, an epoch each, from step 0; 0.1 s per step."""
+    return make_trial
 
-    def make(
-        norm: str = "none",
-        lr: float = 0.1,
-        seed: int = 0,
-        accuracies: Sequence[float] = (0.1, 0.9),
-        train_loss: float = 0.1,
-        test: float = 0.5,
-        diverged: bool = False,
-        **changes: Any,
-    ) -> TrialResult:
-        settings = {"batch_size": 32, "inputs": "standard", "epochs": max(1, len(accuracies) - 1), **changes}
-        config = TrialConfig("torch", "mlp", "f" * 16, norm, lr, seed=seed, **settings)
-        curve = tuple(Evaluation(10 * n, 1.0 * n, 1 - value, value) for n, value in enumerate(accuracies))
-        steps = curve[-1].step or 1
-        return TrialResult(config, curve, (train_loss,), steps, 0.1 * steps, diverged, None if diverged else test)
 
-    return make
+def make_trial(
+    norm: str = "none",
+    lr: float = 0.1,
+    seed: int = 0,
+    values: Sequence[float] = (0.1, 0.9),
+    train_loss: float = 0.1,
+    final: float = 0.5,
+    diverged: bool = False,
+    metric: str = "accuracy",
+    **changes: Any,
+) -> TrialResult:
+    """Fields of the configuration and of the result go by their names."""
+    settings = {"batch_size": 32, "inputs": "standard", "epochs": max(1, len(values) - 1)}
+    asked = {name: changes.pop(name, value) for name, value in settings.items()}
+    config = TrialConfig(
+        framework="torch",
+        model="mlp",
+        code="",
+        data="f" * 16,
+        norm=norm,
+        lr=lr,
+        seed=seed,
+        loss="",
+        optimizer="sgd",
+        metric="",
+        **asked,
+    )
+    curve = tuple(Evaluation(10 * n, 1.0 * n, 1 - value, value) for n, value in enumerate(values))
+    steps = curve[-1].step or 1
+    result = TrialResult(
+        config=config,
+        metric=metric,
+        curve=curve,
+        train_losses=(train_loss,),
+        steps=steps,
+        seconds=0.1 * steps,
+        diverged=diverged,
+        final=None if diverged else final,
+        step_seconds=0.1,
+        peak_memory=50_000_000,
+        versions=(("torch", "2"),),
+    )
+    return dataclasses.replace(result, **changes)

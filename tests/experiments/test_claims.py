@@ -21,7 +21,7 @@ def test_batch_norm_needs_half_the_steps_and_stands_five_times_the_rate():
     assert batch.mean_steps is not None
     assert batch.mean_steps <= none.mean_steps / 2
     assert batch.largest_lr >= 5 * none.largest_lr
-    assert batch.mean_test > none.mean_test
+    assert batch.mean_final > none.mean_final
 
 
 @pytest.mark.long

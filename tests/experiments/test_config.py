@@ -1,11 +1,26 @@
 import dataclasses
+import math
 
 import pytest
 
 from normkit.errors import NormError
 from normkit.experiments.config import Config, TrialConfig, Variant
 
-TRIAL = TrialConfig("torch", "cnn", "0123456789abcdef", "batch:after", 0.1, 32, "standard", 0, 6)
+TRIAL = TrialConfig(
+    framework="torch",
+    model="cnn",
+    code="",
+    data="0123456789abcdef",
+    norm="batch:after",
+    lr=0.1,
+    batch_size=32,
+    inputs="standard",
+    seed=0,
+    epochs=6,
+    loss="cross_entropy",
+    optimizer="sgd",
+    metric="accuracy",
+)
 
 
 @pytest.mark.parametrize(
@@ -26,16 +41,29 @@ TRIAL = TrialConfig("torch", "cnn", "0123456789abcdef", "batch:after", 0.1, 32, 
         ({"lrs": (0.1, 0.1)}, "0.1 twice"),
         ({"batch_sizes": (0,)}, "at least 1; got 0"),
         ({"batch_sizes": (1.5,)}, "a whole number; got 1.5"),
-        ({"batch_sizes": (32, 1)}, "`batch` must see at least 2 samples"),
+        ({"batch_sizes": (32, 1), "norms": ("none", "batch")}, "`batch` must see at least 2 samples"),
         ({"batch_sizes": (1,), "norms": ("renorm",)}, "`renorm` must see at least 2 samples"),
         ({"seeds": 0}, "`seeds` must be at least 1; got 0"),
         ({"seeds": True}, "`seeds` must be a whole number"),
         ({"epochs": 0}, "`epochs` must be at least 1; got 0"),
         ({"inputs": ("standart",)}, "did you mean standard?"),
-        ({"target": 95.0}, "95 % is written 0.95"),
+        ({"target": 95.0, "metric": "accuracy"}, "95 % is written 0.95"),
+        ({"target": math.inf}, "`target` must be finite"),
         ({"target": "0.95"}, "`target` must be a number"),
         ({"model": "cn"}, "did you mean cnn?"),
-        ({"model": "mine.py:build"}, "not available yet"),
+        ({"model": "mine.py"}, "write file.py:build"),
+        ({"model": "mlp", "run": "train.py:train"}, "must not be given both"),
+        ({"run": "train.py"}, "`run` must be file.py:name"),
+        ({"run": "train.py:train", "data": "digits"}, "`data` must be left to a training loop"),
+        ({"run": "train.py:train", "inputs": ("max",)}, "`inputs` must be left to a training loop"),
+        ({"run": "train.py:train", "optimizer": "adam"}, "`optimizer` must be left to a training loop"),
+        ({"loss": "crossentropy"}, "did you mean cross_entropy?"),
+        ({"optimizer": "adamm"}, "did you mean adam"),
+        ({"metric": "acc"}, "did you mean accuracy?"),
+        ({"metric": "mine.py:auc"}, "`goal` must be given for a metric of your own (mine.py:auc)"),
+        ({"run": "train.py:train", "metric": "auc"}, "`goal` must be given"),
+        ({"metric": "accuracy", "goal": "min"}, "`goal` of accuracy must be max; got min"),
+        ({"goal": "biggest"}, "`goal` must be min or max"),
         ({"framework": "keras"}, "`framework` must be torch for now"),
         ({"framework": "toch"}, "did you mean torch?"),
     ],
@@ -50,10 +78,19 @@ def test_batch_size_one_is_fine_without_statistics_over_the_batch():
     assert Config(norms=("none", "layer", "group", "rms"), batch_sizes=(1,)).batch_sizes == (1,)
 
 
-def test_default_grid_has_126_trials():
-    trials = list(Config(model="cnn").trials("f"))
-    assert len(trials) == 7 * 6 * 3
-    assert len({trial.key() for trial in trials}) == 126
+def test_every_cell_of_the_grid_is_a_trial_of_its_own():
+    grid = Config(model="cnn", norms=("none", "batch"), batch_sizes=(8, 32), inputs=("none", "max"), seeds=3)
+    trials = list(grid.trials("", "f"))
+    assert len(trials) == 2 * 6 * 2 * 2 * 3
+    assert len({trial.key() for trial in trials}) == len(trials)
+
+
+def test_a_folder_does_not_enter_the_key():
+    here, there = (
+        Config(model=f"{folder}/m.py:build", norms=("none",), batch_sizes=(8,), inputs=("none",)) for folder in "ab"
+    )
+    assert [t.key() for t in here.trials("c", "d")] == [t.key() for t in there.trials("c", "d")]
+    assert next(here.trials("c", "d")).key() != next(here.trials("other code", "d")).key()
 
 
 def test_before_is_the_default_position():
@@ -65,7 +102,7 @@ def test_before_is_the_default_position():
 
 def test_key_never_changes():
     # Written down once: results on disk are found again by this key. Change it only together with PROTOCOL.
-    assert TRIAL.key() == "ba0d32f69e1b33f6"
+    assert TRIAL.key() == "fe3b23edd7980165"
     assert '"lr": 0.1' in TRIAL.canonical()
 
 

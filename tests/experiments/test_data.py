@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from normkit.errors import MissingExtraError, NormValueError
-from normkit.experiments.data import load, prepare, scale, split
+from normkit.experiments.data import from_arrays, is_arrays, load, prepare, scale, split
 
 
 def with_value(array, index, value):
@@ -22,7 +22,11 @@ def with_value(array, index, value):
         (lambda a: {"x_test": a["x_test"][:, :2]}, "same shape; got (3,) and (2,)"),
         (lambda a: {"y_train": a["y_train"][:-1]}, "same length; got 40 and 39"),
         (lambda a: {"y_test": a["y_test"][:-3]}, "x_test and y_test must have the same length; got 20 and 17"),
-        (lambda a: {"y_train": a["y_train"].astype(float)}, "whole numbers, one per class; got dtype float64"),
+        (lambda a: {"y_train": a["y_train"].astype(float)}, "for classes convert it with .astype(int)"),
+        (lambda a: {"y_train": a["y_train"].astype(str)}, "whole numbers, one per class; got dtype <U21"),
+        (lambda a: {"y_train": a["y_train"] + 0.1j}, "whole numbers, one per class; got dtype complex128"),
+        (lambda a: {"y_train": with_value(a["y_train"] + 0.5, 3, np.nan)}, "y_train must be finite; got nan"),
+        (lambda a: {"y_train": np.ones((40, 2)) / 3, "y_test": np.ones((20, 3)) / 3}, "same shape; got (2,) and (3,)"),
         (lambda a: {"y_train": np.eye(2, dtype=int)[a["y_train"]]}, ".argmax(1)"),
         (lambda a: {"y_train": a["y_train"] - 1}, "at least 0; got -1 at 0"),
         (lambda a: {"y_test": a["y_test"] + 5}, "must appear in y_train; got 5, 6"),
@@ -46,10 +50,97 @@ def test_bad_content_is_refused(npz, arrays, changes, said):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["mnist", "data.csv", "missing.npz"])
+@pytest.mark.parametrize("name", ["data.csv", "missing.npz", "folder/mnist"])
 def test_missing_data_is_refused(name, tmp_path):
     with pytest.raises(NormValueError, match="`data` must be"):
-        load(name if "." not in name else str(tmp_path / name))
+        load(str(tmp_path / name))
+
+
+def test_numbers_to_predict_are_scaled_by_the_training_part(npz, arrays):
+    rng = np.random.default_rng(0)
+    numbers = {"y_train": 100 + 5 * rng.normal(size=(40, 2)), "y_test": 100 + 5 * rng.normal(size=(20, 2))}
+    data = load(npz(**numbers))
+    assert (data.classes, data.outputs) == (None, 2)
+    assert str(data).endswith("rows of 3 columns, numbers to predict")
+    parts = prepare(data, "none")
+    assert [len(part.y) for part in parts] == [32, 8, 20]
+    np.testing.assert_allclose(parts.train.y.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(parts.train.y.std(0), 1, rtol=1e-5)
+    assert abs(parts.test.y.mean()) > 1e-3
+
+
+def test_the_loss_decides_whether_whole_numbers_are_classes(npz, arrays):
+    assert load(npz()).classes == 2
+    assert load(npz(), "mse").classes is None
+    with pytest.raises(NormValueError, match="y_train must hold whole numbers"):
+        load(npz(y_train=arrays["y_train"] + 0.5), "cross_entropy")
+
+
+def test_arrays_as_they_come(arrays):
+    four = tuple(arrays[name] for name in ("x_train", "y_train", "x_test", "y_test"))
+    forms = (arrays, four, (four[:2], four[2:]))
+    assert all(map(is_arrays, forms))
+    assert len({from_arrays("a", form).fingerprint for form in forms}) == 1
+    for other in (four[:3], [1, 2, 3, 4], "four", {"x_train": 1}, None, ([1], [2])):
+        assert not is_arrays(other)
+
+
+class Bunch(dict):
+    __getattr__ = dict.__getitem__
+
+
+def openml(monkeypatch, bunch):
+    asked = {}
+
+    def fetch(**arguments):
+        asked.update(arguments)
+        if isinstance(bunch, Exception):
+            raise bunch
+        return bunch
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
+    return asked
+
+
+def test_mnist_comes_from_openml_as_images(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 60).astype(str).astype(object)
+    bunch = Bunch(data=rng.random((60, 784)), target=labels, details={"name": "mnist_784", "id": "554"})
+    asked = openml(monkeypatch, bunch)
+    data = load("mnist")
+    assert (asked["name"], asked["as_frame"]) == ("mnist_784", False)
+    assert data.shape == (1, 28, 28)
+    assert (len(data.train.y), len(data.test.y), data.classes) == (45, 15, 3)
+    assert str(data).startswith("mnist_784 (OpenML 554): 45 + 15 images")
+    both = np.concatenate([data.train.x, data.test.x]).reshape(60, -1)
+    np.testing.assert_array_equal(np.sort(both.sum(1)), np.sort(bunch.data.astype(np.float32).sum(1)))
+
+
+def test_mnist_is_split_as_it_was_published(monkeypatch):
+    x = np.zeros((70_000, 784), np.uint8)
+    x[:, 0] = np.arange(70_000) % 251
+    openml(monkeypatch, Bunch(data=x, target=(np.arange(70_000) % 10).astype(str), details={"name": "mnist_784"}))
+    data = load("mnist")
+    assert (len(data.train.y), len(data.test.y)) == (60_000, 10_000)
+    assert data.test.x[0, 0, 0, 0] == 60_000 % 251
+
+
+def test_numbers_of_openml_are_predicted_and_ids_are_ids(monkeypatch):
+    rng = np.random.default_rng(0)
+    asked = openml(monkeypatch, Bunch(data=rng.random((40, 3)), target=rng.random(40), details={"name": "x"}))
+    assert load("531").classes is None
+    assert asked["data_id"] == 531
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OSError("no route"), "known without a connection: digits"), (ValueError("No known data set"), "see openml.org")],
+)
+def test_what_openml_does_not_give_is_refused(monkeypatch, error, said):
+    openml(monkeypatch, error)
+    with pytest.raises(NormValueError, match=said) as raised:
+        load("digitz")
+    assert "`digitz` cannot be had" in str(raised.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"\x93NUMPY"])

@@ -41,3 +41,14 @@ def test_a_terminal_gets_a_bar():
 
 def test_everything_else_gets_plain_lines():
     assert isinstance(progress(io.StringIO()), PlainProgress)
+
+
+def test_what_was_kept_from_before_does_not_flatter_the_time_left(monkeypatch):
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(progresses.time, "monotonic", lambda: now[0])
+    shown = PlainProgress(stream, every=15)
+    shown.start(10, "begin", 6)
+    for _ in range(4):
+        now[0] += 10
+        shown.advance("a trial")
+    assert stream.getvalue().splitlines() == ["begin", "8 of 10 trials, about 20 s left", "4 trials in 40 s"]

@@ -6,20 +6,26 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
-from normkit.experiments.config import INPUTS
+from normkit.experiments.config import INPUTS, LOSSES, NORMS, OPTIMIZERS
+from normkit.experiments.verb import TRIALS
 
 __all__ = ["run"]
 
-_EXIT_CODES = "Exit codes: 0 done, 2 bad input or usage, 130 interrupted (nothing is written), 1 anything else."
+_EXIT_CODES = (
+    "Exit codes: 0 done, 2 bad input or usage, 130 interrupted (finished trials are kept), 1 anything else: a full "
+    "disk, a worker that died, an error in the middle of a training (finished trials are kept)."
+)
 _DEFAULT = Config()
+T = TypeVar("T")
 
 # typer brings click with it since 0.26 and imported it before: this finds the class in both.
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -61,8 +67,8 @@ def _terminated(*_: object) -> None:
     raise KeyboardInterrupt  # being told to end is an interruption: workers end, nothing is half written
 
 
-def _interrupted() -> int:
-    print("interrupted: nothing was written", file=sys.stderr)
+def _interrupted(how: str | None = None) -> int:
+    print(f"interrupted: {how or 'nothing was written'}", file=sys.stderr)
     return 130
 
 
@@ -87,30 +93,83 @@ def normkit_command(
 def compare(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(help="cnn or mlp. [default: cnn for images, mlp for tables]", show_default=False)
+        str | None,
+        typer.Argument(
+            help="cnn, mlp, file.py:build for a function build(norm) that returns a network, or file.py:train for a "
+            "training loop train(trial). [default: cnn for images, mlp for tables]",
+            show_default=False,
+        ),
     ] = None,
-    data: Annotated[str, typer.Option(help="digits, or an .npz file with x_train, y_train, x_test, y_test.")] = (
-        _DEFAULT.data
-    ),
-    norms: Annotated[str, typer.Option(help="Norms, NAME[:before|:after] the activation; none is no norm.")] = (
-        ",".join(_DEFAULT.norms)
-    ),
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, an .npz file with x_train, y_train, x_test, y_test, a name or id of OpenML (mnist), or "
+            "file.py:name for arrays, data sets or loaders. [default: digits]",
+            show_default=False,
+        ),
+    ] = None,
+    norms: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Norms, NAME[:before|:after] the activation; none is no norm. [default: {','.join(NORMS)}]",
+            show_default=False,
+        ),
+    ] = None,
     lrs: Annotated[str, typer.Option(help="Learning rates.")] = ",".join(f"{lr:g}" for lr in _DEFAULT.lrs),
-    batch_sizes: Annotated[str, typer.Option(help="Samples per step.")] = ",".join(map(str, _DEFAULT.batch_sizes)),
-    inputs: Annotated[str, typer.Option(help=f"Scaling of the inputs: {', '.join(INPUTS)}.")] = (
-        ",".join(_DEFAULT.inputs)
-    ),
-    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = _DEFAULT.seeds,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(help="Samples per step. [default: 32, or what the loaders give]", show_default=False),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Scaling of the inputs: {', '.join(INPUTS)}. [default: standard for arrays]", show_default=False
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds; fewer than 5 are a screening.")] = _DEFAULT.seeds,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = _DEFAULT.epochs,
-    target: Annotated[float, typer.Option(help="Validation accuracy to be timed, as a share.")] = _DEFAULT.target,
+    loss: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(LOSSES)} or file.py:name. [default: by the targets]", show_default=False),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(OPTIMIZERS)} or file.py:name. [default: sgd]", show_default=False),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="accuracy, loss, file.py:name, or the name of what a loop reports. [default: by the loss]",
+            show_default=False,
+        ),
+    ] = None,
+    goal: Annotated[str | None, typer.Option(help="max or min, for a metric of your own.", show_default=False)] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            help="Value of the metric whose first crossing is timed. [default: 0.95 for accuracy]", show_default=False
+        ),
+    ] = None,
     framework: Annotated[str, typer.Option(help="What trains: torch.")] = _DEFAULT.framework,
     workers: Annotated[
         int | None, typer.Option(help="Processes, one thread each. [default: one per core]", show_default=False)
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("normkit-report"),
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Where trials are kept, a storage URL of Optuna. [default: {TRIALS} in the output folder]",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report, the results and the trials.")] = Path(
+        "normkit-report"
+    ),
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
 ) -> int:
-    """Compare normalizations: every norm at every rate, batch size and seed, each judged at its own best rate."""
+    """Compare normalizations: every norm at every rate, batch size and seed, each judged at its own best rate.
+
+    Finished trials are kept: the same command goes on where an earlier one ended, and may run several times at once.
+    """
     try:
         comparison = run_comparison(
             model,
@@ -121,14 +180,20 @@ def compare(
             inputs=_names(inputs),
             seeds=seeds,
             epochs=epochs,
+            loss=loss,
+            optimizer=optimizer,
+            metric=metric,
+            goal=goal,
             target=target,
             framework=framework,
             workers=workers,
+            storage=storage,
             out=out,
             command=_command(context),
         )
     except KeyboardInterrupt:
-        return _interrupted()
+        kept = storage is not None or (out / TRIALS).exists()
+        return _interrupted("finished trials are kept, run the same command again to go on" if kept else None)
     _show(comparison, out / "report.html", json)
     return 0
 
@@ -156,19 +221,21 @@ def _command(context: typer.Context) -> str:
     return shlex.join(typed)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(name) for name in _names(text))
-    except ValueError:
-        raise NormValueError(message(f"`{option}` must be numbers separated by commas", repr(text))) from None
+    return _converted(option, text, float, "numbers") or ()
 
 
-def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+def _whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    return _converted(option, text, int, "whole numbers")
+
+
+def _converted(option: str, text: str | None, kind: Callable[[str], T], what: str) -> tuple[T, ...] | None:
+    names = _names(text)
     try:
-        return tuple(int(name) for name in _names(text))
+        return None if names is None else tuple(kind(name) for name in names)
     except ValueError:
-        raise NormValueError(message(f"`{option}` must be whole numbers separated by commas", repr(text))) from None
+        raise NormValueError(message(f"`{option}` must be {what} separated by commas", repr(text))) from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from normkit.experiments.comparison import Comparison
 from normkit.experiments.config import Config, TrialConfig, Variant
-from normkit.experiments.verb import Comparison, compare
+from normkit.experiments.loop import Trial
+from normkit.experiments.verb import compare
 
-__all__ = ["Comparison", "Config", "TrialConfig", "Variant", "compare"]
+__all__ = ["Comparison", "Config", "Trial", "TrialConfig", "Variant", "compare"]

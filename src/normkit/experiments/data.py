@@ -1,10 +1,13 @@
-"""Data for the embedded models: loaded, checked, split and scaled with NumPy."""
+"""Arrays to train on: loaded, checked, split and scaled with NumPy."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import warnings
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,28 +18,47 @@ from numpy.typing import NDArray
 
 from normkit.errors import MissingExtraError, NormValueError, message
 
-__all__ = ["Dataset", "Part", "load", "prepare", "scale", "split"]
+__all__ = [
+    "DEFAULT_DATA",
+    "KEYS",
+    "Dataset",
+    "Part",
+    "Prepared",
+    "from_arrays",
+    "is_arrays",
+    "load",
+    "prepare",
+    "scale",
+    "split",
+]
 
+DEFAULT_DATA = "digits"
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+REGRESSION = ("mse", "mae")
+_OPENML = {"mnist": "mnist_784", "fashion-mnist": "Fashion-MNIST"}
+_FEW = 20  # distinct whole numbers in a float array: probably classes, so we ask
 _SPLIT_SEED = 0  # of the test part of digits
 _VALIDATION_SEED = 1  # of the validation fifth: one for all variants and all seeds
 
 
 class Part(NamedTuple):
-    """Inputs (N, C, H, W) or (N, F), float32, and labels (N,), int64."""
+    """Inputs (N, C, H, W) or (N, F), float32, and labels (N,), int64, or values to predict (N,) or (N, K), float32."""
 
     x: NDArray[np.float32]
-    y: NDArray[np.int64]
+    y: NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test data as loaded, images as (N, C, H, W). Labels count from 0 to `classes` - 1."""
+    """Training and test data as loaded, images as (N, C, H, W).
+
+    Labels count from 0 to `classes` - 1; `classes` is None where numbers are to be predicted.
+    """
 
     name: str
     train: Part
     test: Part
-    classes: int
+    classes: int | None
 
     @property
     def is_images(self) -> bool:
@@ -59,32 +81,69 @@ class Dataset:
 
     def __str__(self) -> str:
         kind = "images of " + " x ".join(map(str, self.shape)) if self.is_images else f"rows of {self.shape[0]} columns"
-        return f"{self.name}: {len(self.train.y)} + {len(self.test.y)} {kind}, {self.classes} classes"
+        what = "numbers to predict" if self.classes is None else f"{self.classes} classes"
+        return f"{self.name}: {len(self.train.y)} + {len(self.test.y)} {kind}, {what}"
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs a network needs: the classes, or the numbers to predict per sample."""
+        return self.classes or math.prod(self.train.y.shape[1:])
 
 
-def load(source: str) -> Dataset:
-    """Load `digits` (8 x 8 scans in ten classes, from scikit-learn) or an .npz file.
+def load(source: str, loss: str | None = None) -> Dataset:
+    """Load `digits` (8 x 8 scans in ten classes, from scikit-learn), an .npz file, or a data set of OpenML.
 
     The file holds x_train, y_train, x_test and y_test; x is (N, F), (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or
-    float; y holds whole numbers. The channel axis is the one smaller than both others.
-    Raises NormValueError for a file that is missing or whose content cannot be used, saying where.
+    float; y holds whole numbers for classes, or real numbers to predict (then N or N x K). The channel axis is the one
+    smaller than both others. Everything else is a name (`mnist` is mnist_784) or an id of OpenML, which scikit-learn
+    fetches once and keeps; a quarter becomes the test part (of MNIST the last 10 000).
+    `loss` decides for `mse` and `mae` that whole numbers are to be predicted rather than classified.
+    Raises NormValueError for data that is missing or cannot be used, saying where.
     """
     if source == "digits":
         return _digits()
     path = Path(source)
-    if path.suffix != ".npz":
-        must = "`data` must be digits or the path of an .npz file"
+    if path.suffix == ".npz":
+        if not path.is_file():
+            raise NormValueError(message("`data` must be a file that exists", repr(source)))
+        return from_arrays(path.name, _read(path), loss)
+    if path.suffix or len(path.parts) != 1:
+        must = "`data` must be digits, the path of an .npz file, file.py:name, or a name or id of OpenML"
         raise NormValueError(message(must, repr(source), "save x_train, y_train, x_test, y_test with numpy.savez"))
-    if not path.is_file():
-        raise NormValueError(message("`data` must be a file that exists", repr(source)))
-    return _checked(path.name, _read(path))
+    return _openml(source, loss)
 
 
-def split(y: NDArray[np.int64], count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the rest and of `count` samples, stratified: each class gives its share, rounded.
+def is_arrays(value: Any) -> bool:
+    """Whether this is ((x_train, y_train), (x_test, y_test)), the four in a row, or a mapping with their names."""
+    if isinstance(value, Mapping):
+        return set(KEYS) <= set(value)
+    flat = _flat(value)
+    return len(flat) == 4 and all(hasattr(part, "shape") for part in flat)
+
+
+def from_arrays(name: str, value: Any, loss: str | None = None) -> Dataset:
+    """Check arrays as :func:`is_arrays` describes them. Raises NormValueError for what cannot be used."""
+    arrays = (
+        {key: value[key] for key in KEYS} if isinstance(value, Mapping) else dict(zip(KEYS, _flat(value), strict=True))
+    )
+    return _checked(name, {key: np.asarray(array) for key, array in arrays.items()}, loss)
+
+
+def _flat(value: Any) -> list[Any]:
+    if not isinstance(value, tuple | list):
+        return []
+    if len(value) == 2 and all(isinstance(part, tuple | list) and len(part) == 2 for part in value):
+        return [*value[0], *value[1]]
+    return list(value)
+
+
+def split(y: NDArray[Any], count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the rest and of `count` samples. Whole numbers are classes: each gives its share, rounded.
 
     The shares that were rounded down furthest give the samples that are still missing.
     """
+    if y.dtype.kind == "f":
+        y = np.zeros(len(y), np.int64)
     classes, sizes = np.unique(y, return_counts=True)
     exact = sizes * count / len(y)
     taken = np.floor(exact).astype(int)
@@ -98,7 +157,7 @@ def split(y: NDArray[np.int64], count: int, seed: int) -> tuple[NDArray[np.int64
 
 
 class Prepared(NamedTuple):
-    """The three parts, scaled alike."""
+    """The three parts, scaled alike. Numbers to predict have mean 0 and standard deviation 1 in the training part."""
 
     train: Part
     validation: Part
@@ -113,7 +172,10 @@ def prepare(data: Dataset, inputs: str) -> Prepared:
     rest, held = split(data.train.y, round(len(data.train.y) / 5), _VALIDATION_SEED)
     x, y = data.train
     xs = scale(inputs, x[rest], x[held], data.test.x)
-    return Prepared(*(Part(part, labels) for part, labels in zip(xs, (y[rest], y[held], data.test.y), strict=True)))
+    ys = [y[rest], y[held], data.test.y]
+    if data.classes is None:
+        ys = list(scale("standard", *ys))
+    return Prepared(*(Part(part, labels) for part, labels in zip(xs, ys, strict=True)))
 
 
 def scale(inputs: str, fitted: NDArray[Any], *others: NDArray[Any]) -> list[NDArray[np.float32]]:
@@ -180,41 +242,85 @@ def _array(path: Path, file: Any, key: str) -> NDArray[Any]:
         raise NormValueError(message(must, "Python objects", "convert it with numpy.stack or .astype")) from error
 
 
-def _checked(name: str, arrays: dict[str, NDArray[Any]]) -> Dataset:
+def _openml(source: str, loss: str | None) -> Dataset:
+    try:
+        from sklearn.datasets import fetch_openml
+    except ImportError as error:
+        must = f"the data `{source}` of OpenML needs scikit-learn, which is not installed"
+        raise MissingExtraError(message(must, hint="pip install 'normkit[lab]'")) from error
+    asked: dict[str, Any] = (
+        {"data_id": int(source)}
+        if source.isdecimal()
+        else {"name": _OPENML.get(source.lower(), source), "version": "active"}
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # several active versions: the newest is taken, and named below
+            bunch = fetch_openml(**asked, as_frame=False, parser="liac-arff")
+    except Exception as error:
+        must = f"`data` must be digits, an .npz file, file.py:name, or a data set of OpenML; `{source}` cannot be had"
+        hint = "known without a connection: digits" if isinstance(error, OSError) else "see openml.org for names"
+        raise NormValueError(message(f"{must} ({type(error).__name__}: {error})", hint=hint)) from error
+    x, y = np.asarray(bunch.data, dtype=np.float32), np.asarray(bunch.target)
+    if loss not in REGRESSION and y.dtype.kind not in "fc":
+        _, y = np.unique(y.astype(str), return_inverse=True)
+    elif y.dtype.kind not in "uif":
+        raise NormValueError(message(f"the target of {source} must be numbers for {loss}", f"dtype {y.dtype}"))
+    if x.shape[1] == 784 and "mnist" in str(bunch.details.get("name", source)).lower():
+        x = x.reshape(-1, 28, 28)
+    if len(y) == 70_000 and x.ndim == 3:
+        train, test = np.arange(60_000), np.arange(60_000, 70_000)  # as MNIST was published
+    else:
+        train, test = split(y, round(len(y) / 4), _SPLIT_SEED)
+    name = f"{bunch.details.get('name', source)} (OpenML {bunch.details.get('id', source)})"
+    arrays = {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
+    return _checked(name, arrays, loss)
+
+
+def _checked(name: str, arrays: dict[str, NDArray[Any]], loss: str | None) -> Dataset:
     for key in KEYS:
         if arrays[key].size == 0:
             raise NormValueError(message(f"{key} must not be empty", f"shape {arrays[key].shape}"))
+    numbers = loss in REGRESSION or (arrays["y_train"].dtype.kind == "f" and loss != "cross_entropy")
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if y.ndim == 2 and y.shape[1] == 1:  # as Keras stores CIFAR
             y = arrays[f"y_{part}"] = y[:, 0]
         _check_inputs(f"x_{part}", x)
-        _check_labels(f"y_{part}", y)
+        if numbers:
+            _check_numbers(f"y_{part}", y, loss)
+        else:
+            _check_labels(f"y_{part}", y)
         if len(x) != len(y):
             must = f"x_{part} and y_{part} must have the same length"
             raise NormValueError(message(must, f"{len(x)} and {len(y)}"))
-    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
-        got = f"{arrays['x_train'].shape[1:]} and {arrays['x_test'].shape[1:]}"
-        raise NormValueError(message("samples of x_train and x_test must have the same shape", got))
-    classes = np.unique(arrays["y_train"])
-    if len(classes) < 2:
-        raise NormValueError(message("y_train must hold at least 2 classes", f"only {classes[0]}"))
-    unknown = np.setdiff1d(arrays["y_test"], classes)
-    if len(unknown):
-        must = "every label of y_test must appear in y_train"
-        raise NormValueError(message(must, ", ".join(map(str, unknown[:5]))))
+    for kind, what in (("x", "samples"), ("y", "values")):
+        if arrays[f"{kind}_train"].shape[1:] != arrays[f"{kind}_test"].shape[1:]:
+            got = f"{arrays[f'{kind}_train'].shape[1:]} and {arrays[f'{kind}_test'].shape[1:]}"
+            must = f"{what} of {kind}_train and {kind}_test must have the same shape"
+            raise NormValueError(message(must, got))
     if len(arrays["y_train"]) < 10:
         must = "x_train must hold at least 10 samples, a fifth is set apart for validation"
         raise NormValueError(message(must, len(arrays["y_train"])))
+    recode, classes = (lambda y: y.astype(np.float32), None) if numbers else _coded(arrays["y_train"], arrays["y_test"])
     nchw = _layout(arrays["x_train"].shape)
     parts = [
-        Part(
-            np.ascontiguousarray(nchw(arrays[f"x_{part}"]), dtype=np.float32),
-            np.searchsorted(classes, arrays[f"y_{part}"]).astype(np.int64),
-        )
+        Part(np.ascontiguousarray(nchw(arrays[f"x_{part}"]), dtype=np.float32), recode(arrays[f"y_{part}"]))
         for part in ("train", "test")
     ]
-    return Dataset(name, parts[0], parts[1], classes=len(classes))
+    return Dataset(name, parts[0], parts[1], classes=classes)
+
+
+def _coded(train: NDArray[Any], test: NDArray[Any]) -> tuple[Callable[[NDArray[Any]], NDArray[Any]], int]:
+    """The function that counts labels from 0, and the number of classes."""
+    classes = np.unique(train)
+    if len(classes) < 2:
+        raise NormValueError(message("y_train must hold at least 2 classes", f"only {classes[0]}"))
+    unknown = np.setdiff1d(test, classes)
+    if len(unknown):
+        must = "every label of y_test must appear in y_train"
+        raise NormValueError(message(must, ", ".join(map(str, unknown[:5]))))
+    return lambda y: np.searchsorted(classes, y).astype(np.int64), len(classes)
 
 
 def _check_inputs(key: str, x: NDArray[Any]) -> None:
@@ -229,6 +335,17 @@ def _check_inputs(key: str, x: NDArray[Any]) -> None:
         value = "NaN" if np.isnan(x[first]) else f"{x[first]:g}"
         must = f"{key} must be finite in float32"
         raise NormValueError(message(must, f"{int(bad.sum())} values that are not, the first at {first} is {value}"))
+
+
+def _check_numbers(key: str, y: NDArray[Any], loss: str | None) -> None:
+    if y.ndim not in (1, 2) or y.dtype.kind not in "uif":
+        raise NormValueError(message(f"{key} must be real numbers (N,) or (N, K)", f"{y.dtype} of shape {y.shape}"))
+    if not np.isfinite(y).all():
+        raise NormValueError(message(f"{key} must be finite", f"{y[~np.isfinite(y)][0]}"))
+    if loss is None and np.equal(y, np.round(y)).all() and len(np.unique(y)) <= _FEW:
+        must = f"{key} must be whole numbers for classes, or real numbers to predict"
+        hint = "for classes convert it with .astype(int); to predict these numbers give the loss, mse or mae"
+        raise NormValueError(message(must, f"whole numbers as {y.dtype}", hint))
 
 
 def _check_labels(key: str, y: NDArray[Any]) -> None:

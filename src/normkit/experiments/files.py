@@ -12,13 +12,13 @@ from normkit.errors import NormRuntimeError, NormValueError, message
 __all__ = ["OutputFolder", "write"]
 
 
-def write(path: Path, text: str) -> None:
-    """Write `text` under `path` in one step: an interruption leaves the old file, or none."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write `content` under `path` in one step: an interruption leaves the old file, or none."""
     handle, created = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(created)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files for the owner alone; a report is meant to be passed on like any other file.
@@ -49,8 +49,12 @@ class OutputFolder:
         try:
             missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             for folder in reversed(missing):
-                folder.mkdir()
-                self._made.append(folder)
+                try:
+                    folder.mkdir()
+                    self._made.append(folder)
+                except FileExistsError:
+                    if not folder.is_dir():  # else another process was quicker
+                        raise
             with tempfile.NamedTemporaryFile(dir=self.path, prefix=".normkit-") as file:
                 file.write(b"normkit")
         except OSError as error:

@@ -12,8 +12,8 @@ __all__ = ["NoProgress", "PlainProgress", "Progress", "RichProgress", "progress"
 class Progress(Protocol):
     """What a run tells about itself."""
 
-    def start(self, total: int, text: str) -> None:
-        """`total` trials begin."""
+    def start(self, total: int, text: str, done: int = 0) -> None:
+        """`total` trials begin, of which so many are done already."""
 
     def advance(self, text: str) -> None:
         """One more trial is done."""
@@ -25,7 +25,7 @@ class Progress(Protocol):
 class NoProgress:
     """Silence."""
 
-    def start(self, total: int, text: str) -> None:
+    def start(self, total: int, text: str, done: int = 0) -> None:
         """Nothing."""
 
     def advance(self, text: str) -> None:
@@ -40,12 +40,12 @@ class PlainProgress(NoProgress):
 
     def __init__(self, stream: TextIO, every: float = 15.0) -> None:
         self.stream, self.every = stream, every
-        self.total = self.done = 0
+        self.total = self.done = self.before = 0
         self.begun = self.said = 0.0
 
-    def start(self, total: int, text: str) -> None:
-        """`total` trials begin."""
-        self.total, self.begun = total, time.monotonic()
+    def start(self, total: int, text: str, done: int = 0) -> None:
+        """`total` trials begin, of which so many are done already."""
+        self.total, self.before, self.done, self.begun = total, done, done, time.monotonic()
         self.said = self.begun
         print(text, file=self.stream, flush=True)
 
@@ -54,12 +54,11 @@ class PlainProgress(NoProgress):
         self.done += 1
         now = time.monotonic()
         if self.done == self.total:
-            print(
-                f"{self.done} trial{'s' * (self.done != 1)} in {now - self.begun:.0f} s", file=self.stream, flush=True
-            )
+            ran = self.done - self.before
+            print(f"{ran} trial{'s' * (ran != 1)} in {now - self.begun:.0f} s", file=self.stream, flush=True)
         elif now - self.said >= self.every:
             self.said = now
-            left = (now - self.begun) / self.done * (self.total - self.done)
+            left = (now - self.begun) / (self.done - self.before) * (self.total - self.done)
             print(f"{self.done} of {self.total} trials, about {left:.0f} s left", file=self.stream, flush=True)
 
 
@@ -75,10 +74,10 @@ class RichProgress:
         columns += [TimeRemainingColumn(), TextColumn("[dim]{task.description}")]
         self._bar = Bar(*columns, console=Console(file=stream), transient=False)
 
-    def start(self, total: int, text: str) -> None:
-        """`total` trials begin."""
+    def start(self, total: int, text: str, done: int = 0) -> None:
+        """`total` trials begin, of which so many are done already."""
         self._bar.console.print(text, highlight=False)
-        self._task = self._bar.add_task("", total=total)
+        self._task = self._bar.add_task("", total=total, completed=done)
         self._bar.start()
 
     def advance(self, text: str) -> None:

@@ -5,25 +5,79 @@ This is the only door from experiments to a framework, and it opens when a trial
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from normkit.errors import MissingExtraError, NormError, message
 
-__all__ = ["Trainer", "Training", "training"]
+__all__ = ["Batch", "Scores", "Setup", "SiteValues", "Trainer", "Training", "training"]
+
+Batch = tuple[Any, Any]  # inputs and targets: NumPy arrays, or whatever a loader of that framework gives
+
+
+class Setup(NamedTuple):
+    """What a trainer is made of.
+
+    `model` is `cnn`, `mlp` or a function that takes `norm` and returns a network; `shape` and `classes` are for the
+    embedded models. `loss` is a name or a function of (outputs, targets) that gives the mean; `optimizer` a name or a
+    function of (parameters, rate); `metric` a name or a function of (outputs, targets) that gives a number.
+    """
+
+    model: str | Callable[..., Any]
+    shape: tuple[int, ...]
+    classes: int
+    norm: str
+    position: str
+    lr: float
+    momentum: float
+    loss: str | Callable[..., Any]
+    optimizer: str | Callable[..., Any]
+    metric: str | Callable[..., Any]
+    seed: int
+    steps: int
+
+
+class Scores(NamedTuple):
+    """Mean loss, metric over all samples, and the metric of each sample where it is a mean over them."""
+
+    loss: float
+    metric: float
+    examples: NDArray[Any] | None
+
+
+class SiteValues(NamedTuple):
+    """One call of an activation: its input and output as arrays, with the axis of the channels.
+
+    `gamma` and `beta` belong to the norm whose output is the input, or whose input is the output.
+    """
+
+    name: str
+    activation: str
+    input: NDArray[Any]
+    output: NDArray[Any]
+    axis: int
+    gamma: NDArray[Any] | None
+    beta: NDArray[Any] | None
 
 
 class Trainer(Protocol):
-    """A network in training: plain SGD with momentum on the mean cross entropy."""
+    """A network in training."""
 
-    def step(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
-        """One update on a batch, in training mode. Returns the mean loss before it, in nats."""
+    def step(self, x: Any, y: Any) -> float:
+        """One update on a batch, in training mode. Returns the mean loss before it.
 
-    def evaluate(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> tuple[float, int]:
-        """Sum of the losses and number of right answers, in evaluation mode; changes nothing."""
+        Raises NormValueError for labels that the network has no output for.
+        """
+
+    def evaluate(self, batches: Iterable[Batch], *, as_trained: bool = False) -> Scores:
+        """Score batches in evaluation mode; with `as_trained` in training mode. Changes nothing, buffers included."""
+
+    def probe(self, x: Any) -> Sequence[SiteValues]:
+        """Every call of an activation in a forward pass in training mode. Changes nothing, buffers included."""
 
     def weights(self) -> dict[str, NDArray[Any]]:
         """A copy of the weights of the dense and convolutional layers, by name: the same names in every variant."""
@@ -32,20 +86,24 @@ class Trainer(Protocol):
 class Training(Protocol):
     """The module `normkit.<framework>.training`."""
 
-    def trainer(
-        self,
-        *,
-        model: str,
-        shape: tuple[int, ...],
-        classes: int,
-        norm: str,
-        position: str,
-        lr: float,
-        momentum: float,
-        seed: int,
-        steps: int,
-    ) -> Trainer:
-        """A network with weights drawn from `seed`; raises NormValueError where this norm or model makes no sense."""
+    def trainer(self, setup: Setup) -> Trainer:
+        """A network with weights drawn from the seed.
+
+        Raises NormValueError where this norm or model makes no sense, and where a function of the user's raises,
+        gives something that is no network, does not use the norm it was given, or has no place for `after`.
+        """
+
+    def norm_factory(self, norm: str, position: str, steps: int | None) -> Callable[..., Any]:
+        """The `norm` that a user's function calls: `norm(num_features, activation=None, *, axis=1)` gives a layer."""
+
+    def probe(self, model: Any, x: Any, *, train: bool = True) -> Sequence[SiteValues]:
+        """As :meth:`Trainer.probe`, for any model of this framework."""
+
+    def seed(self, seed: int) -> None:
+        """Seed the framework's own random numbers."""
+
+    def no_training(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Inside, an optimizer step raises NormValueError that names `what`: a file must not train on import."""
 
     def limit_threads(self, count: int) -> None:
         """Let this process compute with so many threads."""

@@ -1,4 +1,4 @@
-"""Trials in worker processes, one thread each."""
+"""Worker processes, and the trials they are given."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
 
-from normkit.errors import NormRuntimeError, message
+import normkit.errors
+from normkit.errors import NormError, NormRuntimeError, message
 from normkit.experiments.config import TrialConfig
-from normkit.experiments.data import Dataset
-from normkit.experiments.trial import TrialResult
-from normkit.experiments.worker import Failure
+from normkit.experiments.results import TrialResult
+from normkit.experiments.session import Job, Plan
+from normkit.experiments.store import Store
+from normkit.experiments.worker import PLAN, Failure
 
-__all__ = ["cores", "run_trials"]
+__all__ = ["Crew", "cores", "run_trials"]
 
 _MAIN = "import sys; sys.path[:] = {path!r}; from normkit.experiments.worker import main; main()"
+_POLL = 1.0  # seconds between looks at what others do
 
 
 def cores() -> int:
@@ -30,106 +38,163 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+class Crew:
+    """Worker processes, one thread each, that share a question. Whatever ends the context, none is left behind.
+
+    Args:
+        job: the question; replaced by the complete one once it is planned.
+        size: how many; each is started when it is first asked something.
+        log: where the workers' own output goes, None for standard error.
+    """
+
+    def __init__(self, job: Job, size: int, log: Path | None = None) -> None:
+        self.job, self.size = job, size
+        self._log_path, self._log = log, log.open("ab") if log else None
+        self._answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._workers: dict[int, _Worker] = {}
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers.values():
+            worker.process.kill()
+        for worker in self._workers.values():
+            worker.close()
+        if self._log is not None and self._log_path is not None:
+            self._log.close()
+            with contextlib.suppress(OSError):
+                if self._log_path.stat().st_size == 0:
+                    self._log_path.unlink()
+
+    def plan(self) -> Plan:
+        """Let the first worker make the question complete. Raises what it found to be wrong with it."""
+        self.ask(0, PLAN, "reading the question")
+        while (answered := self.answer()) is None:
+            pass
+        plan: Plan = answered[1]
+        self.job = plan.job
+        return plan
+
+    def ask(self, number: int, question: Any, what: str) -> None:
+        """Give a worker a question; `what` names it in an error."""
+        if number not in self._workers:
+            self._workers[number] = _Worker(number, self.job, self._answers, self._log)
+        self._workers[number].questions.put((question, what))
+
+    def answer(self) -> tuple[int, Any] | None:
+        """The number of the next worker that has answered, with its answer; None after a second without one.
+
+        Raises what it raised, and NormRuntimeError for a worker that died.
+        """
+        try:
+            # The timeout lets Ctrl-C through on systems where waiting for a lock blocks it.
+            number, answer = self._answers.get(timeout=1.0)
+        except queue.Empty:
+            return None
+        if isinstance(answer, Exception):
+            raise answer
+        return number, answer
+
+
+class _Worker:
+    """One process and the thread that talks to it."""
+
+    def __init__(self, number: int, job: Job, answers: queue.SimpleQueue[Any], log: IO[bytes] | None) -> None:
+        # One thread per worker, also for libraries that read the environment when they are loaded.
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", _MAIN.format(path=sys.path)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=env)
+        self.questions: queue.SimpleQueue[tuple[Any, str] | None] = queue.SimpleQueue()
+        self._number, self._answers = number, answers
+        self._thread = threading.Thread(target=self._talk, args=(pickle.dumps(job),), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """After the process was killed: wait for both to end."""
+        self.questions.put(None)
+        self.process.wait()
+        self._thread.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            # What was still to be written to a killed worker is lost, as it should be.
+            with contextlib.suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
+
+    def _talk(self, said: bytes) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        while (asked := self.questions.get()) is not None:
+            question, what = asked
+            try:
+                self.process.stdin.write(said + pickle.dumps(question))
+                self.process.stdin.flush()
+                said = b""
+                answer = pickle.load(self.process.stdout)
+                if isinstance(answer, Failure):
+                    answer = _failed(answer, what)
+            except (OSError, EOFError, pickle.UnpicklingError):
+                answer = _dead(self.process, what)
+            except Exception as error:  # a silent end of this thread would leave the run waiting for ever
+                answer = error
+            self._answers.put((self._number, answer))
+
+
 def run_trials(
     configs: Sequence[TrialConfig],
-    data: Dataset,
-    workers: int,
-    done: Callable[[TrialResult], None],
-) -> list[TrialResult]:
-    """Run all trials and return their results in the order of `configs`.
+    crew: Crew,
+    store: Store,
+    done: Callable[[TrialResult | None, int], None],
+) -> dict[str, TrialResult]:
+    """Run what is not finished yet, and return the results of all by their keys.
 
-    `done` is called in this thread as each result arrives. The first failing trial or dying worker ends the run with a
-    NormRuntimeError. Whatever ends it, no worker is left behind.
+    `done` is called in this thread with every result that was trained here, and with None for one that another process
+    finished meanwhile; its second argument is the number of finished trials. What another living process works on is
+    waited for, and taken over if that process ends. The first failing trial or dying worker ends the run with an
+    error; finished trials stay in the store.
     """
-    todo: queue.SimpleQueue[tuple[int, TrialConfig]] = queue.SimpleQueue()
-    for item in enumerate(configs):
-        todo.put(item)
-    arrived: queue.SimpleQueue[tuple[int, TrialResult | Exception]] = queue.SimpleQueue()
-    processes = [_start() for _ in range(min(workers, len(configs)))]
-    setup = pickle.dumps((configs[0].framework, data))
-    threads = [
-        threading.Thread(target=_serve, args=(process, setup, todo, arrived), daemon=True) for process in processes
-    ]
-    for thread in threads:
-        thread.start()
-    results: dict[int, TrialResult] = {}
-    try:
-        while len(results) < len(configs):
-            try:
-                # The timeout lets Ctrl-C through on systems where waiting for a lock blocks it.
-                number, answer = arrived.get(timeout=1.0)
-            except queue.Empty:
+    wanted = {config.key(): config for config in configs}
+    finished = store.finished_keys() & wanted.keys()
+    todo = deque(config for key, config in wanted.items() if key not in finished)
+    waiting: dict[str, TrialConfig] = {}
+    idle, busy = list(range(crew.size))[::-1], dict[int, tuple[int, TrialConfig]]()
+    looked = time.monotonic()
+    while todo or waiting or busy:
+        while idle and todo:
+            config = todo.popleft()
+            claim = store.claim(config)
+            if claim is None:
+                waiting[config.key()] = config
                 continue
-            if isinstance(answer, Exception):
-                raise answer
-            results[number] = answer
-            done(answer)
-    finally:
-        for process in processes:
-            process.kill()
-        for process, thread in zip(processes, threads, strict=True):
-            process.wait()
-            thread.join()
-            _close(process)
-    return [results[number] for number in range(len(configs))]
+            number = idle.pop()
+            busy[number] = claim, config
+            crew.ask(number, config, f"training {config}")
+        answered = None
+        if busy:
+            answered = crew.answer()
+        elif waiting and not todo:
+            time.sleep(_POLL)
+        if answered is not None:
+            number, result = answered
+            claim, config = busy.pop(number)
+            store.finish(claim, result)
+            idle.append(number)
+            finished.add(config.key())
+            done(result, len(finished))
+        if waiting and time.monotonic() - looked >= _POLL:
+            looked = time.monotonic()
+            for key in waiting.keys() & store.finished_keys():
+                del waiting[key]
+                finished.add(key)
+                done(None, len(finished))
+            for key in waiting.keys() - store.claimed_elsewhere().keys():
+                todo.append(waiting.pop(key))
+    return store.finished(wanted.keys())
 
 
-def _start() -> subprocess.Popen[bytes]:
-    # One thread per worker, also for libraries that read the environment when they are loaded.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _MAIN.format(path=sys.path)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
-
-
-def _close(process: subprocess.Popen[bytes]) -> None:
-    for pipe in (process.stdin, process.stdout):
-        # What was still to be written to a killed worker is lost, as it should be.
-        with contextlib.suppress(OSError):
-            if pipe is not None:
-                pipe.close()
-
-
-def _serve(
-    process: subprocess.Popen[bytes],
-    setup: bytes,
-    todo: queue.SimpleQueue[tuple[int, TrialConfig]],
-    arrived: queue.SimpleQueue[tuple[int, TrialResult | Exception]],
-) -> None:
-    """Feed one worker until nothing is left to do. Runs in a thread of its own."""
-    try:
-        _feed(process, setup, todo, arrived)
-    except Exception as error:  # a silent end of this thread would leave the run waiting for ever
-        arrived.put((-1, error))
-
-
-def _feed(
-    process: subprocess.Popen[bytes],
-    setup: bytes,
-    todo: queue.SimpleQueue[tuple[int, TrialConfig]],
-    arrived: queue.SimpleQueue[tuple[int, TrialResult | Exception]],
-) -> None:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    while True:
-        try:
-            number, config = todo.get_nowait()
-        except queue.Empty:
-            return
-        try:
-            process.stdin.write(setup + pickle.dumps(config))
-            process.stdin.flush()
-            setup = b""
-            answer = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
-            arrived.put((number, _dead(process, config)))
-            return
-        if isinstance(answer, Failure):
-            arrived.put((number, _failed(answer, config)))
-            return
-        arrived.put((number, answer))
-
-
-def _dead(process: subprocess.Popen[bytes], config: TrialConfig) -> NormRuntimeError:
+def _dead(process: subprocess.Popen[bytes], what: str) -> NormRuntimeError:
     code = process.wait()
     how = f"exit code {code}"
     if code < 0:
@@ -137,13 +202,15 @@ def _dead(process: subprocess.Popen[bytes], config: TrialConfig) -> NormRuntimeE
             how = signal.Signals(-code).name
         except ValueError:
             how = f"signal {-code}"
-    must = f"a worker must live until its trial is done; it ended with {how} while training {config}"
+    must = f"a worker must live until its work is done; it ended with {how} while {what}"
     hint = "the system may have run out of memory, try fewer workers" if how == "SIGKILL" else None
     return NormRuntimeError(message(must, hint=hint))
 
 
-def _failed(failure: Failure, config: TrialConfig) -> NormRuntimeError:
-    error = NormRuntimeError(message(f"training {config} failed: {failure.text}"))
+def _failed(failure: Failure, what: str) -> NormError:
+    kind = getattr(normkit.errors, failure.kind) if failure.kind else NormRuntimeError
+    planning = failure.kind is not None and what == "reading the question"
+    error: NormError = kind(failure.text if planning else f"{what} failed: {failure.text}")
     if failure.trace:
         error.__cause__ = RuntimeError(failure.trace)
     return error

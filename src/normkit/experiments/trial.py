@@ -2,135 +2,147 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
+import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from normkit.experiments.config import MOMENTUM, TrialConfig, Variant
-from normkit.experiments.data import Part, Prepared
-from normkit.experiments.protocol import Trainer, Training
+from normkit.experiments.feeds import Feed
+from normkit.experiments.memory import PeakMemory
+from normkit.experiments.protocol import Batch, Scores, Setup, Trainer, Training
+from normkit.experiments.results import Evaluation, Gap, Snapshot, TrialResult, packed
+from normkit.experiments.sites import Sites
 
-__all__ = ["Evaluation", "TrialResult", "batches", "run_trial", "steps_per_epoch", "trainer_for"]
+__all__ = ["Recipe", "run_trial", "seed_everything", "trainer_for"]
 
 EVALUATIONS_PER_EPOCH = 5
-_CHUNK = 1000  # samples per evaluation call, for memory
+GAP_BATCHES = 8  # training batches that are scored in both modes
+PROBE = 256, 500_000  # samples and values, at most, that the inputs of the activations are measured on
 
 
-class Evaluation(NamedTuple):
-    """The validation part, scored after so many steps and seconds of training."""
+class Recipe(NamedTuple):
+    """What a trial is made of besides its numbers: names, or the user's functions."""
 
-    step: int
-    seconds: float
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """What one trial gave.
-
-    Attributes:
-        config: what was trained.
-        curve: validation, from step 0 about a fifth of an epoch apart; ends early where the trial diverged.
-        train_losses: mean loss over the steps of each complete epoch, in nats.
-        steps: steps that were taken.
-        seconds: time in those steps, evaluation left out.
-        diverged: whether a loss was not finite; training stopped there.
-        test_accuracy: share of right answers on the test part after training, None where it diverged.
-    """
-
-    config: TrialConfig
-    curve: tuple[Evaluation, ...]
-    train_losses: tuple[float, ...]
-    steps: int
-    seconds: float
-    diverged: bool
-    test_accuracy: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            **asdict(self),
-            "key": self.config.key(),
-            "curve": [evaluation._asdict() for evaluation in self.curve],
-            "train_losses": list(self.train_losses),
-        }
+    model: str | Callable[..., Any]
+    loss: str | Callable[..., Any]
+    optimizer: str | Callable[..., Any]
+    metric: str | Callable[..., Any]
+    metric_name: str
 
 
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Only full batches are used: a short one would have statistics of its own."""
-    return samples // batch_size
+def seed_everything(seed: int, training: Training | None = None) -> None:
+    """Seed Python's, NumPy's and the framework's global random numbers, for code of the user's that draws from them."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # the global generator is what others' code uses
+    if training is not None:
+        training.seed(seed)
 
 
-def batches(samples: int, batch_size: int, epochs: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Indices of every batch of a trial: a new order each epoch, the same for every variant of a seed."""
-    rng = np.random.default_rng([seed, 0])
-    for _ in range(epochs):
-        order = rng.permutation(samples)
-        for start in range(0, samples - batch_size + 1, batch_size):
-            yield order[start : start + batch_size]
-
-
-def trainer_for(config: TrialConfig, data: Prepared, classes: int, training: Training) -> Trainer:
+def trainer_for(config: TrialConfig, recipe: Recipe, feed: Feed, training: Training) -> Trainer:
     """The network of a trial, as it starts."""
     variant = Variant.parse(config.norm)
     return training.trainer(
-        model=config.model,
-        shape=data.train.x.shape[1:],
-        classes=classes,
-        norm=variant.name,
-        position=variant.position,
-        lr=config.lr,
-        momentum=MOMENTUM,
-        seed=config.seed,
-        steps=config.epochs * steps_per_epoch(len(data.train.y), config.batch_size),
+        Setup(
+            model=recipe.model,
+            shape=feed.shape or (),
+            classes=feed.outputs or 1,
+            norm=variant.name,
+            position=variant.position,
+            lr=config.lr,
+            momentum=MOMENTUM,
+            loss=recipe.loss,
+            optimizer=recipe.optimizer,
+            metric=recipe.metric,
+            seed=config.seed,
+            steps=config.epochs * feed.steps(config.batch_size),
+        )
     )
 
 
-def run_trial(config: TrialConfig, data: Prepared, classes: int, training: Training) -> TrialResult:
+def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Training) -> TrialResult:
     """Train once. A loss that is not finite ends the trial, which is then recorded as diverged."""
-    trainer = trainer_for(config, data, classes, training)
-    x, y = data.train
-    per_epoch = steps_per_epoch(len(y), config.batch_size)
-    total = config.epochs * per_epoch
+    seed_everything(config.seed, training)
+    memory = PeakMemory()
+    trainer = trainer_for(config, recipe, feed, training)
+    validation = list(feed.validation(config.inputs))
+    looked_at = _first(validation)
+    sites = Sites()
+    snapshots = [Snapshot(0, sites.measure(trainer.probe(looked_at)))]
+    per_epoch = feed.steps(config.batch_size)
     every = max(1, per_epoch // EVALUATIONS_PER_EPOCH)
-    curve = [Evaluation(0, 0.0, *_score(trainer, data.validation))]
+    curve = [_evaluation(0, 0.0, trainer.evaluate(validation))]
     train_losses: list[float] = []
-    epoch_losses: list[float] = []
-    seconds = 0.0
-    step = 0
-    diverged = False
-    for step, rows in enumerate(batches(len(y), config.batch_size, config.epochs, config.seed), start=1):
-        xb, yb = x[rows], y[rows]
-        begun = time.perf_counter()
-        loss = trainer.step(xb, yb)
-        seconds += time.perf_counter() - begun
-        diverged = not math.isfinite(loss)
-        if not diverged and (step % every == 0 or step == total):
-            scored = Evaluation(step, seconds, *_score(trainer, data.validation))
-            diverged = not math.isfinite(scored.loss)
-            if not diverged:
-                curve.append(scored)
+    times: list[float] = []
+    diverged = not _finite(curve[0])
+    for epoch in range(config.epochs):
         if diverged:
             break
-        epoch_losses.append(loss)
-        if len(epoch_losses) == per_epoch:
-            train_losses.append(sum(epoch_losses) / per_epoch)
-            epoch_losses.clear()
-    test = None if diverged else _score(trainer, data.test)[1]
-    return TrialResult(config, tuple(curve), tuple(train_losses), step, seconds, diverged, test)
+        seed_everything(config.seed + 1000 * (epoch + 1), training)
+        losses: list[float] = []
+        for x, y in feed.batches(config.inputs, config.batch_size, config.seed, epoch):
+            begun = time.perf_counter()
+            loss = trainer.step(x, y)
+            times.append(time.perf_counter() - begun)
+            losses.append(loss)
+            diverged = not math.isfinite(loss)
+            if not diverged and (len(losses) % every == 0 or len(losses) == per_epoch):
+                evaluation = _evaluation(len(times), sum(times), trainer.evaluate(validation))
+                diverged = not _finite(evaluation)
+                if not diverged:
+                    curve.append(evaluation)
+            if diverged:
+                break
+        if not diverged:
+            train_losses.append(statistics.fmean(losses))
+            snapshots.append(Snapshot(len(times), sites.measure(trainer.probe(looked_at))))
+    peak_memory = memory.bytes()
+    test = None if diverged else trainer.evaluate(feed.test(config.inputs))
+    return TrialResult(
+        config=config,
+        metric=recipe.metric_name,
+        curve=tuple(curve),
+        train_losses=tuple(train_losses),
+        steps=len(times),
+        seconds=sum(times),
+        diverged=diverged or test is None or not math.isfinite(test.metric),
+        final=test.metric if test is not None and math.isfinite(test.metric) else None,
+        examples=packed(test.examples) if test is not None and test.examples is not None else None,
+        gap=None if diverged else _gap(trainer, feed, config),
+        step_seconds=statistics.median(times) if times else None,
+        peak_memory=peak_memory,
+        snapshots=tuple(snapshots),
+        tested=feed.tested,
+        versions=tuple(training.versions().items()),
+    )
 
 
-def _score(trainer: Trainer, part: Part) -> tuple[float, float]:
-    """Mean loss and share of right answers."""
-    loss, right = 0.0, 0
-    for start in range(0, len(part.y), _CHUNK):
-        chunk_loss, chunk_right = trainer.evaluate(part.x[start : start + _CHUNK], part.y[start : start + _CHUNK])
-        loss += chunk_loss
-        right += chunk_right
-    return loss / len(part.y), right / len(part.y)
+def _evaluation(step: int, seconds: float, scores: Scores) -> Evaluation:
+    return Evaluation(step, seconds, scores.loss, scores.metric)
+
+
+def _finite(evaluation: Evaluation) -> bool:
+    return math.isfinite(evaluation.metric) and (evaluation.loss is None or math.isfinite(evaluation.loss))
+
+
+def _first(batches: list[Batch]) -> Any:
+    """Samples to look at: the same for every variant, seed and epoch. Of large ones fewer, but 8, for memory."""
+    x = batches[0][0]
+    if not hasattr(x, "shape"):
+        return x
+    samples, values = PROBE
+    return x[: min(samples, max(8, values // max(1, math.prod(x.shape[1:]))))]
+
+
+def _gap(trainer: Trainer, feed: Feed, config: TrialConfig) -> Gap | None:
+    """The first training batches of another epoch, in both modes."""
+    shown: Iterator[Batch] = feed.batches(config.inputs, config.batch_size, config.seed, config.epochs)
+    batches = list(itertools.islice(shown, GAP_BATCHES))
+    trained, evaluated = trainer.evaluate(batches, as_trained=True), trainer.evaluate(batches)
+    gap = Gap(trained.loss, evaluated.loss, trained.metric, evaluated.metric)
+    return gap if all(map(math.isfinite, gap)) else None

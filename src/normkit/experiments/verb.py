@@ -1,140 +1,92 @@
-"""The verb `compare`: check everything, train the grid, judge, write."""
+"""The verb `compare`: make the question complete, train the grid, judge, write."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from normkit.errors import NormRuntimeError, NormTypeError, NormValueError, message
-from normkit.experiments.analysis import Group, summarize
-from normkit.experiments.config import Config, TrialConfig, Variant
-from normkit.experiments.data import Dataset, load, prepare
-from normkit.experiments.files import OutputFolder, write
+from normkit.errors import NormTypeError, NormValueError, message
+from normkit.experiments.code import Code, takes, told_when_imported
+from normkit.experiments.comparison import Comparison
+from normkit.experiments.config import GOALS, Config, Task, is_reference
+from normkit.experiments.data import DEFAULT_DATA, Dataset, from_arrays, is_arrays, load
+from normkit.experiments.files import OutputFolder
 from normkit.experiments.progress import NoProgress, Progress, progress
-from normkit.experiments.protocol import Training, training
-from normkit.experiments.runner import cores, run_trials
-from normkit.experiments.trial import TrialResult, steps_per_epoch, trainer_for
+from normkit.experiments.results import TrialResult
+from normkit.experiments.runner import Crew, cores, run_trials
+from normkit.experiments.session import Job, Plan
+from normkit.experiments.store import Store
 from normkit.kernels import instruction_sets
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["compare"]
 
-FORMAT = 1  # of results.json
+TRIALS, LOG = "trials.db", "output.log"  # in the output folder
 _DEFAULT = Config()
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A finished comparison.
-
-    Attributes:
-        config: the question.
-        data: the data, in words.
-        classes: number of classes.
-        trials: every trial, seed by seed.
-        environment: how it was produced: versions, cores, workers, seconds, command.
-    """
-
-    config: Config
-    data: str
-    classes: int
-    trials: tuple[TrialResult, ...]
-    environment: dict[str, Any]
-
-    @cached_property
-    def groups(self) -> tuple[Group, ...]:
-        """The summary of every variant, one group per batch size and input scaling."""
-        return summarize(self.trials, self.config.target, self.classes)
-
-    def __str__(self) -> str:
-        from normkit.report.words import text
-
-        return text(self)
-
-    def _repr_html_(self) -> str:
-        from normkit.report.render import fragment
-
-        return fragment(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values for JSON: question, environment, sentences, summary, trials."""
-        from normkit.report.words import sentences
-
-        return {
-            "format": FORMAT,
-            "config": dataclasses.asdict(self.config),
-            "data": self.data,
-            "classes": self.classes,
-            "environment": self.environment,
-            "sentences": sentences(self),
-            "summary": [
-                {**group.setting._asdict(), "variants": [variant.to_dict() for variant in group.variants]}
-                for group in self.groups
-            ],
-            "trials": [trial.to_dict() for trial in self.trials],
-        }
-
-    def save(self, path: str | os.PathLike[str] = "normkit-report") -> Path:
-        """Write `report.html` and `results.json` into the folder `path`, each whole or not at all.
-
-        Returns the path of the report. Raises NormRuntimeError where the folder cannot be written.
-        """
-        from normkit.report.render import page
-        from normkit.report.words import to_json
-
-        texts = {"results.json": to_json(self), "report.html": page(self)}
-        with OutputFolder(path) as folder:
-            for name, text in texts.items():
-                try:
-                    write(folder / name, text)
-                except OSError as error:
-                    must = f"{name} must fit into the output folder"
-                    raise NormRuntimeError(message(must, f"{folder} ({error.strerror})")) from error
-        return folder / "report.html"
-
-
 def compare(
-    model: str | None = None,
-    data: str = _DEFAULT.data,
+    model: str | Callable[..., Any] | None = None,
+    data: Any = None,
     *,
-    norms: Sequence[str] = _DEFAULT.norms,
+    run: str | Callable[..., Any] | None = None,
+    norms: Sequence[str] | None = None,
     lrs: Sequence[float] = _DEFAULT.lrs,
-    batch_sizes: Sequence[int] = _DEFAULT.batch_sizes,
-    inputs: str | Sequence[str] = _DEFAULT.inputs,
+    batch_sizes: Sequence[int] | None = None,
+    inputs: str | Sequence[str] | None = None,
     seeds: int = _DEFAULT.seeds,
     epochs: int = _DEFAULT.epochs,
-    target: float = _DEFAULT.target,
+    loss: str | Callable[..., Any] | None = None,
+    optimizer: str | Callable[..., Any] | None = None,
+    metric: str | Callable[..., Any] | None = None,
+    goal: str | None = None,
+    target: float | None = None,
     framework: str = _DEFAULT.framework,
     workers: int | None = None,
+    storage: str | None = None,
     out: str | os.PathLike[str] | None = None,
     command: str | None = None,
     show_progress: bool = True,
 ) -> Comparison:
     """Train every norm at every learning rate, batch size, input scaling and seed, and judge each at its own best rate.
 
-    The rate is chosen by the mean accuracy over the seeds on a stratified fifth of the training data; the test data is
-    scored once per trial, after training, and read for the chosen rate alone. All variants of a seed start from the
-    same weights and see the same samples in the same order for the same number of steps (SGD, momentum 0.9).
+    The rate is chosen by the mean of the metric over the seeds on a validation part; the test part is scored once per
+    trial, after training, and read for the chosen rate alone. All variants of a seed start from the same weights and
+    see the same samples in the same order for the same number of steps. Differences are paired by seed and corrected
+    for their number (see :func:`normkit.experiments.analysis.summarize`).
+
+    Finished trials are kept in the output folder, or in `storage`: the same call goes on where an earlier one ended,
+    however it ended, and processes that run it at the same time share the work.
 
     Args:
-        model: `cnn` or `mlp`; by default the convolutional network for images, the perceptron for tables.
-        data: `digits` or the path of an .npz file with x_train, y_train, x_test, y_test.
-        norms: short names, `NAME[:before|:after]` the activation; `none` is no normalization.
+        model: `cnn` or `mlp`; by default the convolutional network for images, the perceptron for tables. Or a function
+            `build(norm)` that returns a network, itself or as `file.py:build`; in it `norm(num_features)` gives a
+            layer, `norm(num_features, activation)` one with its activation, in the order that the variant says.
+        data: `digits`, the path of an .npz file with x_train, y_train, x_test, y_test, a name or id of OpenML,
+            `file.py:name`, or the thing itself: those four arrays, data sets, or loaders (train, validation, test).
+        run: instead of both, a training loop `train(trial)`, itself or as `file.py:train`: any task and framework. It
+            reads `trial.norm`, `trial.lr`, `trial.batch_size`, `trial.seed` and calls
+            `trial.report(step, loss=..., accuracy=...)`; it may return the metric on test data.
+        norms: short names, `NAME[:before|:after]` the activation; `none` is no normalization, and the baseline.
         lrs: learning rates.
-        batch_sizes: samples per step.
+        batch_sizes: samples per step; by default 32, or what the loaders give.
         inputs: scaling of the inputs, one or several of `none`, `max`, `minmax`, `standard`.
-        seeds: number of seeds.
+        seeds: number of seeds. Fewer than 5 are a screening; below 3 nothing can be told from chance.
         epochs: passes over the training data.
-        target: validation accuracy whose first crossing is timed, as a share.
+        loss: `cross_entropy`, `mse`, `mae`, or a function of (outputs, targets); by default what the targets ask for.
+        optimizer: `sgd` (with momentum 0.9), `adam`, `adamw`, or a function of (parameters, rate).
+        metric: what variants are judged by: `accuracy`, `loss`, or a function of (outputs, targets); of a loop the
+            name of what it reports.
+        goal: `max` or `min`, for a metric of your own.
+        target: value of the metric whose first crossing is timed; 0.95 for accuracy.
         framework: what trains.
         workers: processes, one thread each; by default one per core.
-        out: folder for `report.html` and `results.json`; None writes nothing.
+        storage: where trials are kept, a storage URL of Optuna; by default `trials.db` in `out`. With neither nothing
+            is kept.
+        out: folder for `report.html`, `results.json` and the figures; None writes nothing.
         command: how this was started, for the report.
         show_progress: tell about progress on standard error.
 
@@ -149,60 +101,159 @@ def compare(
         >>> result = normkit.compare("mlp", norms=("none", "batch"), lrs=(0.03,), seeds=1)  # doctest: +SKIP
         >>> print(result)  # doctest: +SKIP
     """
-    if isinstance(inputs, str):
-        inputs = (inputs,)
+    with told_when_imported("normkit.compare"):
+        pass
+    code: dict[str, Code] = {}
+    if callable(model) and takes(model, "trial") and not takes(model, "norm"):
+        model, run = None, model
+    named: dict[str, Any] = {"model": model, "run": run, "loss": loss, "optimizer": optimizer, "metric": metric}
+    texts = {name: _text(value, code) for name, value in named.items()}
+    data, arrays = _data(data, texts["loss"], code)
     config = Config(
-        model=model,
+        **texts,
         data=data,
         norms=norms,  # type: ignore[arg-type]  # Config makes tuples of them, and words what it refuses
         lrs=lrs,  # type: ignore[arg-type]
         batch_sizes=batch_sizes,  # type: ignore[arg-type]
-        inputs=inputs,  # type: ignore[arg-type]
+        inputs=(inputs,) if isinstance(inputs, str) else inputs,  # type: ignore[arg-type]
         seeds=seeds,
         epochs=epochs,
+        goal=goal,
         target=target,
         framework=framework,
     )
     workers = _checked_workers(workers)
+    teller: Progress = progress() if show_progress else NoProgress()
     if out is None:
-        return _run(config, workers, command, show_progress)
+        return _run(config, arrays, code, workers, storage, None, command, teller)
     from normkit.report import render  # what the report needs must be there before the training, not after
 
     render.require()
-    with OutputFolder(out):
-        comparison = _run(config, workers, command, show_progress)
+    with OutputFolder(out) as folder:
+        comparison = _run(config, arrays, code, workers, storage, folder, command, teller)
         comparison.save(out)
     return comparison
 
 
-def _run(config: Config, workers: int, command: str | None, show_progress: bool) -> Comparison:
-    loaded = load(config.data)
-    config = dataclasses.replace(config, model=config.model or ("cnn" if loaded.is_images else "mlp"))
-    module = training(config.framework)
-    trials = list(config.trials(loaded.fingerprint))
-    _check_trials(config, trials, loaded, module)
+def _run(
+    config: Config,
+    arrays: Dataset | None,
+    code: dict[str, Code],
+    workers: int,
+    storage: str | None,
+    out: Path | None,
+    command: str | None,
+    teller: Progress,
+) -> Comparison:
     begun = time.perf_counter()
-    teller: Progress = progress() if show_progress else NoProgress()
-    workers = min(workers, len(trials))
-    counted = f"{len(trials)} trials" if len(trials) > 1 else "1 trial"
-    processes = f"{workers} workers" if workers > 1 else "1 worker"
-    teller.start(len(trials), f"{config.model} on {loaded}: {counted}, {processes}")
+    data = arrays
+    if data is None and not config.run and config.data not in code:
+        data = load(config.data or DEFAULT_DATA, config.loss)
+    job = Job(config, data, code)
+    with Crew(job, workers, out / LOG if out else None) as crew:
+        plan = crew.plan()
+        store = _store(plan, storage, out)
+        with store:
+            results, trained = _trained(plan, crew, store, teller)
+    task = plan.task or _task_of(plan.job.config, results)
+    return Comparison(
+        config=plan.job.config,
+        task=task,
+        data=plan.data,
+        trials=tuple(results),
+        environment=_environment(plan, min(workers, len(results)), trained, storage, command, begun),
+        notes=(*plan.notes, *_notes(results)),
+    )
+
+
+def _store(plan: Plan, storage: str | None, out: Path | None) -> Store:
+    config = plan.job.config
+    goal = config.goal or GOALS.get(config.metric or "", "max")
+    url = storage or (f"sqlite:///{(out / TRIALS).absolute()}" if out else None)
+    return Store(f"normkit {config.subject}", goal, url, out)
+
+
+def _trained(plan: Plan, crew: Crew, store: Store, teller: Progress) -> tuple[list[TrialResult], int]:
+    """All results in the order of the trials, and how many were trained here."""
+    keys = [trial.key() for trial in plan.trials]
+    kept = len(store.finished_keys() & set(keys))
+    counted = f"{len(keys)} trial{'s' * (len(keys) > 1)}"
+    processes = min(crew.size, len(keys))
+    where = f" on {plan.data}" if plan.data else ""
+    text = f"{plan.job.config.subject}{where}: {counted}, {processes} worker{'s' * (processes > 1)}"
+    teller.start(len(keys), text + (f", {kept} kept from before" if kept else ""), kept)
+    trained = 0
+
+    def done(result: TrialResult | None, _: int) -> None:
+        nonlocal trained
+        trained += result is not None
+        teller.advance(str(result.config) if result else "by another process")
+
     try:
-        results = run_trials(trials, loaded, workers, lambda result: teller.advance(str(result.config)))
+        found = run_trials(plan.trials, crew, store, done)
     finally:
         teller.stop()
+    return [found[key] for key in keys], trained
+
+
+def _environment(
+    plan: Plan, workers: int, trained: int, storage: str | None, command: str | None, begun: float
+) -> dict[str, Any]:
     from normkit import __version__
 
-    environment = {
-        "versions": {"normkit": __version__, "python": platform.python_version(), **module.versions()},
+    return {
+        "versions": {"normkit": __version__, "python": platform.python_version(), **plan.versions},
         "system": f"{platform.system()} {platform.machine()}",
         "cores": cores(),
         "instruction_sets": list(instruction_sets()),
         "workers": workers,
         "seconds": round(time.perf_counter() - begun, 1),
+        "started": trained,
         "command": command,
+        "storage": storage and storage.partition("://")[0],  # not the address: it may hold a password
+        **plan.words,
     }
-    return Comparison(config, str(loaded), loaded.classes, tuple(results), environment)
+
+
+def _notes(results: Sequence[TrialResult]) -> list[str]:
+    versions = {result.versions for result in results if result.versions}
+    if len(versions) > 1:
+        return ["The trials were run with different versions of what trains: run all anew to compare times."]
+    return []
+
+
+def _task_of(config: Config, results: Sequence[TrialResult]) -> Task:
+    """What a loop turned out to report."""
+    metrics = sorted({result.metric for result in results if result.curve})
+    if len(metrics) > 1:
+        must = f"every trial of {config.subject} must report the same metric"
+        raise NormValueError(message(must, " and ".join(metrics), f"metric={metrics[0]}"))
+    metric = metrics[0] if metrics else "accuracy"
+    target = config.target if config.target is not None or metric != "accuracy" else 0.95
+    return Task(metric, GOALS[metric], target)
+
+
+def _text(value: Any, code: dict[str, Code]) -> str | None:
+    """The name of a function or object in the question; `code` gets what stands behind it."""
+    if value is None or isinstance(value, str):
+        if value is not None and is_reference(value):
+            code[value] = Code(value)
+        return value
+    if isinstance(value, os.PathLike):
+        raise NormTypeError(message("a function must be named as file.py:name", os.fspath(value)))
+    carried = Code.of(value)
+    if code.get(carried.label, carried).fingerprint != carried.fingerprint:
+        carried = carried._replace(label=f"{carried.label}-{len(code)}")  # two functions of one name
+    code[carried.label] = carried
+    return carried.label
+
+
+def _data(value: Any, loss: str | None, code: dict[str, Code]) -> tuple[str | None, Dataset | None]:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str | None) and is_arrays(value):
+        return "python:arrays", from_arrays("arrays", value, loss)
+    return _text(value, code), None
 
 
 def _checked_workers(workers: int | None) -> int:
@@ -213,23 +264,3 @@ def _checked_workers(workers: int | None) -> int:
     if workers < 1:
         raise NormValueError(message("`workers` must be at least 1", workers))
     return workers
-
-
-def _check_trials(config: Config, trials: list[TrialConfig], loaded: Dataset, module: Training) -> None:
-    """Build every variant once and refuse here what would only fail after minutes."""
-    if config.model == "cnn" and not loaded.is_images:
-        must = "`cnn` must be given images"
-        raise NormValueError(message(must, f"rows of {loaded.shape[0]} columns", "use mlp"))
-    data = prepare(loaded, config.inputs[0])
-    samples = len(data.train.y)
-    for size in config.batch_sizes:
-        if steps_per_epoch(samples, size) < 1:
-            must = "a batch size must be at most the number of samples left for training"
-            raise NormValueError(message(must, f"{size} and {samples}"))
-    for norm in config.norms:
-        trial = next(trial for trial in trials if trial.norm == norm)
-        try:
-            trainer_for(trial, data, loaded.classes, module)
-        except NormValueError as error:
-            label = Variant.parse(norm).label
-            raise NormValueError(f"`{label}` cannot be used in {config.model}: {error}") from error

@@ -1,38 +1,36 @@
-"""The report: one HTML page that needs nothing else."""
+"""The report: one HTML page that needs nothing else, and every figure as a file."""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from normkit.errors import MissingExtraError, message
 from normkit.experiments.analysis import Group
-from normkit.experiments.config import MOMENTUM
 from normkit.report import words
-from normkit.report.figures import learning_curves, rate_range, slots
+from normkit.report.figures import Pen, costs, finals, learning_curves, pens, rate_range, variant_depth
 
 if TYPE_CHECKING:
-    from normkit.experiments.verb import Comparison
+    from normkit.experiments.comparison import Comparison
+    from normkit.report.draw import Drawable
 
-__all__ = ["fragment", "page", "require"]
+__all__ = ["fragment", "page", "pictures", "require"]
 
-_SIZE = 490_000  # bytes of a page, as far as drawings go
-_AROUND = 4_000  # of the captions and legends around the drawings of one setting
-
-
-class _Legend(NamedTuple):
-    slot: int
-    dashed: bool
+_SIZE = 490_000  # bytes of a page
+_AROUND = 1_200  # of the heading and explanation of a figure
 
 
-class _Section(NamedTuple):
-    """One setting: its table and its drawings, which are None where there is no room left."""
+@dataclass
+class _Section:
+    """One setting: its sentence, its table, and its drawings by the name of the figure as far as there is room."""
 
-    title: str
-    headings: words.Row
-    rows: list[tuple[_Legend, words.Row]]
-    curves: str | None
-    rates: str | None
+    finding: str
+    table: words.Table
+    pens: dict[str, Pen]
+    beside: str  # the norms of the depth figures, in words
+    drawings: dict[str, str] = field(default_factory=dict)
 
 
 def require() -> None:
@@ -55,9 +53,25 @@ def fragment(comparison: Comparison) -> str:
     return _rendered("body.html.j2", comparison)
 
 
+def pictures(comparison: Comparison) -> dict[str, str | bytes]:
+    """Every figure as `NAME.svg` and `NAME.png`; with several settings their names follow: `curves-8-max.svg`."""
+    require()
+    from normkit.report import draw
+
+    files: dict[str, str | bytes] = {}
+    for group in comparison.groups:
+        for kind, figure in _figures(comparison, group).items():
+            name = "-".join([kind, *map(str, group.setting)]) if len(comparison.groups) > 1 else kind
+            files[f"{name}.svg"] = draw.standalone(draw.svg(figure, name))
+            files[f"{name}.png"] = draw.png(figure)
+    return files
+
+
 def _rendered(template: str, comparison: Comparison) -> str:
     require()
     import jinja2
+
+    from normkit.report import draw
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("normkit.report"),
@@ -66,72 +80,121 @@ def _rendered(template: str, comparison: Comparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    *found, screening = words.sentences(comparison)
+    environment.filters["capital"] = lambda sentence: sentence[:1].upper() + sentence[1:]
+    environment.filters["typeset"] = lambda sentence: sentence.replace(" %", "\u00a0%").replace("> ", ">\u00a0")
+    task = comparison.task
     sections = [_section(comparison, group) for group in comparison.groups]
+    overview = words.by_batch_size(comparison)
+    figures = [_figures(comparison, group) for group in comparison.groups]
 
     def rendered() -> str:
         return environment.get_template(template).render(
             comparison=comparison,
             config=comparison.config,
-            found=[sentence.replace(" %", "\u00a0%") for sentence in found],
-            screening=screening,
+            task=task,
+            title=f"{comparison.config.subject} on {name}"
+            if (name := comparison.data.split(":")[0])
+            else comparison.config.subject,
             sections=sections,
-            target=words.percent(comparison.config.target, digits=0),
-            undrawn=sum(section.curves is None for section in sections),
+            overview=overview,
+            keys={key for section in sections for key in section.table.keys},
+            caveats=words.caveats(comparison),
+            following=words.following(comparison),
+            target=words.target(task) if task.target is not None else None,
+            tested=all(trial.tested for trial in comparison.trials),
+            slots=draw.SLOTS,
+            left_out=len(comparison.groups) - len(sections),
+            undrawn=sum(map(len, figures)) - sum(len(section.drawings) for section in sections),
             facts=_facts(comparison),
+            light=draw.LIGHT,
+            dark=draw.DARK,
         )
 
-    # The text comes first; what is left of the size goes to drawings, setting by setting.
+    # The text comes first, of as many settings as there is room for.
+    while len(rendered().encode()) > _SIZE and len(sections) > 1:
+        del sections[len(sections) // 2 :]
+    # What is left of the size goes to drawings: one kind after the other, so that all settings show the first.
     left = _SIZE - len(rendered().encode())
-    for number, group in enumerate(comparison.groups):
-        curves, rates = _drawn(comparison, group, number)
-        left -= len(curves) + len(rates) + _AROUND
+    for kind, number in _drawn_first(figures[: len(sections)]):
+        drawing = draw.svg(figures[number][kind], f"{kind}{number}")
+        left -= len(drawing.encode()) + _AROUND
         if left < 0:
             break
-        sections[number] = sections[number]._replace(curves=curves, rates=rates)
+        sections[number].drawings[kind] = drawing
     return rendered()
 
 
+def _drawn_first(figures: list[dict[str, Drawable]]) -> Iterable[tuple[str, int]]:
+    kinds = dict.fromkeys(kind for found in figures for kind in found)
+    return [(kind, number) for kind in kinds for number, found in enumerate(figures) if kind in found]
+
+
 def _section(comparison: Comparison, group: Group) -> _Section:
-    from normkit.report.draw import SLOTS
-
-    numbers = slots(group)
-    variants = [variant.variant for variant in group.variants]
-    legend = [_Legend(numbers[variant.name] % SLOTS, variant.position == "after") for variant in variants]
-    rows = list(zip(legend, words.table(group), strict=True))
-    return _Section(words.setting(comparison, group), words.headings(comparison), rows, None, None)
-
-
-def _drawn(comparison: Comparison, group: Group, number: int) -> tuple[str, str]:
-    from normkit.report.draw import draw_learning_curves, draw_rate_range
-
-    return (
-        draw_learning_curves(learning_curves(group, comparison.config.target), f"curves{number}"),
-        draw_rate_range(rate_range(group, comparison.classes), f"rates{number}"),
+    beside = [norm for norm in (group.baseline.norm, _beside(comparison, group)) if norm]
+    return _Section(
+        words.finding(comparison, group), words.table(comparison, group, whole=True), pens(group), " and ".join(beside)
     )
 
 
+def _figures(comparison: Comparison, group: Group) -> dict[str, Drawable]:
+    """By name, in the order in which a page shows them; those with nothing to draw are left out."""
+    task, beside = comparison.task, _beside(comparison, group)
+    validation, final = words.validation_name(comparison), words.final_name(comparison)
+    figures: dict[str, Drawable] = {
+        "curves": learning_curves(group, task, validation),
+        "rates": rate_range(group, task, validation),
+        "final": finals(group, task, final),
+        "costs": costs(group),
+        "depth-before": variant_depth(group, beside, last=False),
+        "depth-after": variant_depth(group, beside, last=True),
+    }
+    return {name: figure for name, figure in figures.items() if figure.lines}
+
+
+def _beside(comparison: Comparison, group: Group) -> str | None:
+    """Whose activations stand beside the baseline's: the recommended variant's, else batch norm's, else the first."""
+    shown = [variant for variant in group.variants if variant.snapshots and variant is not group.baseline]
+    best = [variant for variant in words.recommended(group, comparison.task) if variant in shown]
+    batch = [variant for variant in shown if variant.norm == "batch"]
+    return next((variant.norm for variant in [*best, *batch, *shown]), None)
+
+
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
-    config, environment = comparison.config, comparison.environment
+    """How the comparison was made, as far as it is known."""
+    config, known = comparison.config, comparison.environment
 
-    def listed(values: Any) -> str:
-        return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    def listed(values: Iterable[Any] | None) -> str:
+        return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values or ())
 
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    machine = [f"{environment['cores']} cores", f"{environment['workers']} workers", environment["system"]]
-    machine += environment["instruction_sets"][:1]  # the widest
-    return [
-        ("Command", environment["command"] or "normkit.compare(...)"),
-        ("Data", comparison.data),
-        ("Model", f"{config.model}, He initialization"),
-        ("Training", f"{config.framework}, SGD with momentum {MOMENTUM}, constant rate, mean cross entropy"),
-        ("Norms", listed(config.norms)),
-        ("Learning rates", listed(config.lrs)),
-        ("Batch sizes", listed(config.batch_sizes)),
-        ("Inputs", listed(config.inputs)),
-        ("Seeds", listed(range(config.seeds))),
-        ("Epochs", f"{config.epochs}"),
-        ("Trials", f"{len(comparison.trials)} in {environment['seconds']:.0f} s"),
-        ("Machine", ", ".join(machine)),
-        ("Versions", versions),
+    counted = f"{len(comparison.trials)}"
+    if "started" in known:
+        kept = len(comparison.trials) - known["started"]
+        run = f"{known['started']} of them run now and {kept}" if known["started"] else "all"
+        counted += f", {run} kept from before" if kept else ""
+    if "seconds" in known:
+        counted += f", in {known['seconds']:.0f} s"
+    machine = [
+        f"{known[name]} {name if known[name] != 1 else name[:-1]}" for name in ("cores", "workers") if known.get(name)
     ]
+    machine += [known["system"]] if known.get("system") else []
+    machine += list(known.get("instruction_sets", ()))[:1]  # the widest
+    facts = {
+        "Command": known.get("command") or "normkit.compare(...)",
+        "Data": comparison.data,
+        "Loop" if config.run else "Model": config.subject,
+        "Framework": config.framework if not config.run else "",
+        "Loss": known.get("loss"),
+        "Optimizer": known.get("optimizer"),
+        "Judged by": f"{comparison.task.metric}, {'more' if comparison.task.goal == 'max' else 'less'} is better",
+        "Norms": listed(config.norms),
+        "Learning rates": listed(config.lrs),
+        "Batch sizes": listed(config.batch_sizes),
+        "Inputs": listed(config.inputs),
+        "Seeds": f"{config.seeds} (0 to {config.seeds - 1})" if config.seeds > 1 else "1 (0)",
+        "Epochs": f"{config.epochs}",
+        "Trials": counted,
+        "Storage": known.get("storage"),
+        "Machine": ", ".join(machine),
+        "Versions": ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items()),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value]

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from normkit.errors import NormValueError, message
 from normkit.torch.factory import norm_layer
@@ -56,9 +57,9 @@ def build(
     return network
 
 
-def weighted_layers(network: nn.Module) -> list[nn.Conv2d | nn.Linear]:
+def weighted_layers(network: nn.Module) -> list[_ConvNd | nn.Linear]:
     """The convolutional and dense layers, in order."""
-    return [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [module for module in network.modules() if isinstance(module, _ConvNd | nn.Linear)]
 
 
 def initialize(network: nn.Module, seed: int) -> None:

@@ -2,64 +2,152 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from normkit.errors import NormValueError, message
+from normkit.torch import objectives
+from normkit.torch.factory import norm_factory
 from normkit.torch.models import build, weighted_layers
+from normkit.torch.probe import as_tensors, check_sized, forward, probe, untouched
 
-__all__ = ["TorchTrainer", "limit_threads", "trainer", "versions"]
+if TYPE_CHECKING:
+    from normkit.experiments.protocol import Batch, Scores, Setup, SiteValues
+
+__all__ = ["TorchTrainer", "limit_threads", "no_training", "norm_factory", "probe", "seed", "trainer", "versions"]
 
 
 class TorchTrainer:
-    """A network in training with SGD and momentum on the mean cross entropy, on the CPU."""
+    """A network in training; see :class:`normkit.experiments.protocol.Trainer`."""
 
-    def __init__(self, network: torch.nn.Module, *, lr: float, momentum: float) -> None:
-        self.network = network
-        self.optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=momentum)
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: str | Callable[..., Any],
+        metric: str | Callable[..., Any],
+    ) -> None:
+        self.network, self.optimizer = network, optimizer
+        self._loss, self._metric = loss, metric
 
-    def step(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
-        """One update on a batch, in training mode. Returns the mean loss before it, in nats."""
+    def step(self, x: Any, y: Any) -> float:
+        """One update on a batch, in training mode. Returns the mean loss before it.
+
+        Raises NormValueError where outputs and targets do not fit the loss, and for a batch of one sample in a network
+        with batch norm.
+        """
         self.network.train()
-        loss = F.cross_entropy(self.network(torch.from_numpy(x)), torch.from_numpy(y))
+        loss = objectives.mean_loss(self._loss, self._outputs(x), as_tensors(y, self.network))
+        if not loss.requires_grad:
+            must = "the loss must depend on the outputs in a way that has a gradient"
+            raise NormValueError(message(must, "a constant", "do not use .item(), .detach() or NumPy in it"))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return loss.item()
 
-    def evaluate(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> tuple[float, int]:
-        """Sum of the losses and number of right answers, in evaluation mode; changes nothing."""
-        self.network.eval()
-        labels = torch.from_numpy(y)
-        with torch.inference_mode():
-            scores = self.network(torch.from_numpy(x))
-            loss = F.cross_entropy(scores, labels, reduction="sum")
-            return loss.item(), int((scores.argmax(1) == labels).sum())
+    def evaluate(self, batches: Iterable[Batch], *, as_trained: bool = False) -> Scores:
+        """Score batches, in evaluation mode or `as_trained`; changes nothing, buffers included.
+
+        A loss of the user's, which gives means, is averaged with the sizes of the batches; a metric of the user's sees
+        all samples at once.
+        """
+        from normkit.experiments.protocol import Scores
+
+        losses: list[Tensor] = []
+        metrics: list[Tensor] = []
+        kept: list[tuple[Any, Any]] = []
+        with untouched(self.network):
+            self.network.train(as_trained)
+            for x, y in batches:
+                outputs, targets = self._outputs(x), as_tensors(y, self.network)
+                if isinstance(self._loss, str):
+                    losses.append(objectives.losses(self._loss, outputs, targets))
+                else:
+                    mean = objectives.mean_loss(self._loss, outputs, targets)
+                    losses.append(mean.double().expand(_size(targets)))
+                if self._metric == "accuracy":
+                    metrics.append(objectives.correct(outputs, targets))
+                elif not isinstance(self._metric, str):
+                    kept.append((outputs, targets))
+        if not losses:
+            raise NormValueError(message("there must be batches to score", "none"))
+        loss = torch.cat(losses)
+        if not isinstance(self._metric, str):
+            value = objectives.number(self._metric, *objectives.joined(kept))
+            return Scores(loss.mean().item(), value, None)
+        examples = loss if self._metric == "loss" else torch.cat(metrics)
+        known = self._metric == "accuracy" or isinstance(self._loss, str)
+        return Scores(loss.mean().item(), examples.mean().item(), examples.cpu().numpy() if known else None)
+
+    def probe(self, x: Any) -> Sequence[SiteValues]:
+        """Every call of an activation in a forward pass in training mode; changes nothing, buffers included."""
+        return probe(self.network, x)
 
     def weights(self) -> dict[str, NDArray[Any]]:
         """A copy of the weights of the dense and convolutional layers, by their order."""
         layers = weighted_layers(self.network)
-        return {f"layer {number}": layer.weight.detach().numpy().copy() for number, layer in enumerate(layers)}
+        return {f"layer {number}": layer.weight.detach().cpu().numpy().copy() for number, layer in enumerate(layers)}
+
+    def _outputs(self, x: Any) -> Any:
+        try:
+            return forward(self.network, as_tensors(x, self.network))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):  # of torch.nn; our own layers word it themselves
+                raise
+            must = "batch norm must see at least 2 values per channel in training"
+            hint = "drop_last=True in the DataLoader, a larger batch, or another norm"
+            raise NormValueError(message(must, str(error), hint)) from error
 
 
-def trainer(
-    *,
-    model: str,
-    shape: tuple[int, ...],
-    classes: int,
-    norm: str,
-    position: str,
-    lr: float,
-    momentum: float,
-    seed: int,
-    steps: int,
-) -> TorchTrainer:
-    """A network with weights drawn from `seed`; raises NormValueError where this norm or model makes no sense."""
-    network = build(model, shape=shape, classes=classes, norm=norm, position=position, steps=steps, seed=seed)
-    return TorchTrainer(network, lr=lr, momentum=momentum)
+def trainer(setup: Setup) -> TorchTrainer:
+    """A network with weights drawn from the seed.
+
+    Raises NormValueError where this norm or model makes no sense, and where a function of the user's raises, gives
+    something else than it must, does not use the norm it was given, or has no place for `after`.
+    """
+    if isinstance(setup.model, str):
+        network: nn.Module = build(
+            setup.model,
+            shape=setup.shape,
+            classes=setup.classes,
+            norm=setup.norm,
+            position=setup.position,
+            steps=setup.steps,
+            seed=setup.seed,
+        )
+    else:
+        network = _built(setup.model, setup)
+    optimizer = objectives.optimizer_for(setup.optimizer, list(network.parameters()), setup.lr, setup.momentum)
+    return TorchTrainer(network, optimizer, setup.loss, setup.metric)
+
+
+def seed(seed: int) -> None:
+    """Seed torch's own random numbers."""
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def no_training(what: str) -> Iterator[None]:
+    """Inside, a step of any optimizer raises NormValueError that names the file `what`."""
+
+    def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        must = f"{what} must not train when it is imported"
+        hint = 'put the training under `if __name__ == "__main__":`'
+        raise NormValueError(message(must, f"a step of {type(optimizer).__name__}", hint))
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def limit_threads(count: int) -> None:
@@ -70,3 +158,32 @@ def limit_threads(count: int) -> None:
 def versions() -> dict[str, str]:
     """Names and versions of what trains."""
     return {"torch": torch.__version__}
+
+
+def _built(function: Callable[..., Any], setup: Setup) -> nn.Module:
+    name = objectives.named(function)
+    try:
+        inspect.signature(function).bind(norm=None)
+    except (TypeError, ValueError) as error:
+        must = f"{name} must take a parameter `norm`, and no other without a default ({error})"
+        hint = f"def {name}(norm): ... norm(64) is the layer for 64 channels"
+        raise NormValueError(message(must, hint=hint)) from None
+    norm = norm_factory(setup.norm, setup.position, setup.steps)
+    seed(setup.seed)
+    network = objectives.called(function, norm=norm)
+    if not isinstance(network, nn.Module):
+        got = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
+        raise NormValueError(message(f"{name} must return a torch.nn.Module", got, "end it with `return model`"))
+    norm.check_used(network, name)
+    check_sized(network)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        got = f"{type(network).__name__} without any"
+        raise NormValueError(message(f"{name} must return a model that has parameters to train", got))
+    return network
+
+
+def _size(targets: Any) -> int:
+    """Number of samples of a batch, by its targets."""
+    if isinstance(targets, Mapping | tuple):
+        return _size(next(iter(targets.values() if isinstance(targets, Mapping) else targets)))
+    return len(targets)

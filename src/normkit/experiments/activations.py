@@ -1,0 +1,190 @@
+"""The verb `activations`: what goes into the activations of a model, from its input to its output."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normkit.errors import MissingExtraError, NormRuntimeError, NormTypeError, NormValueError, message
+from normkit.experiments.files import write
+from normkit.experiments.protocol import training
+from normkit.experiments.results import SiteStats
+from normkit.experiments.sites import Sites
+
+__all__ = ["Activations", "activations"]
+
+_HEADINGS = ("site", "activation", "mean", "std", "dead %", "gamma", "beta")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The inputs of all activations of a model over one batch.
+
+    Attributes:
+        model: name of the model's class.
+        sites: one entry per call, in the order of the calls.
+    """
+
+    model: str
+    sites: tuple[SiteStats, ...]
+
+    def __str__(self) -> str:
+        rows = [_HEADINGS, *map(_row, self.sites)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        # Words to the left, numbers to the right.
+        return "\n".join(
+            "  ".join(
+                f"{cell:{'<' if place < 2 else '>'}{width}}"
+                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+    def _repr_html_(self) -> str:
+        try:
+            drawn = self._svg()
+        except MissingExtraError:  # the table needs nothing
+            drawn = ""
+        heading, *rows = [
+            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+            for tag, row in [("th", _HEADINGS), *(("td", _row(site)) for site in self.sites)]
+        ]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><thead><tr>{heading}</tr></thead><tbody>{body}</tbody></table>{drawn}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; what is not finite becomes None."""
+        return {"model": self.model, "sites": [{k: _plain(v) for k, v in s._asdict().items()} for s in self.sites]}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the picture as .svg or .png, or the numbers as .json, whole or not at all. Returns the path.
+
+        Raises NormValueError for another ending, NormRuntimeError where the file cannot be written.
+        """
+        path = Path(path)
+        makers: dict[str, Callable[[], str | bytes]] = {
+            ".svg": self._svg,
+            ".png": self._png,
+            ".json": lambda: json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
+        }
+        maker = makers.get(path.suffix.lower())
+        if maker is None:
+            raise NormValueError(message("`path` must end in .svg, .png or .json", repr(str(path))))
+        content = maker()
+        try:
+            write(path, content)
+        except OSError as error:
+            must = "`path` must be one that can be written"
+            raise NormRuntimeError(message(must, f"{path} ({error.strerror})")) from error
+        return path
+
+    def _svg(self) -> str:
+        _require()
+        from normkit.report import draw, figures
+
+        return draw.standalone(draw.draw_depth(figures.depth({self.model: self.sites}), "depth"))
+
+    def _png(self) -> bytes:
+        _require()
+        from normkit.report import draw, figures
+
+        return draw.depth_png(figures.depth({self.model: self.sites}))
+
+
+def activations(model: Any, batch: Any, *, train: bool = True) -> Activations:
+    """Measure what goes into every activation of a model in one forward pass.
+
+    For every call of an activation (relu, gelu, silu, tanh, sigmoid and their kin, as a layer, a function or a method,
+    in place or not; softmax is none):
+
+    - the mean of its input over all values;
+    - the standard deviation of its input within the channels, sqrt(mean over the channels of var(channel)), variances
+      over batch and positions. Without normalization it often runs towards 0 with depth, or grows without bound; behind
+      batch norm it is 1 at the start;
+    - the share of channels whose *output* is constant over the batch: nothing of the input passes through them;
+    - gamma and beta of the norm that directly feeds it, or that it feeds.
+
+    Nothing changes: modes, running statistics, hooks and random numbers are afterwards as before, and no gradient is
+    kept. Activations inside a fused operation, such as a recurrent layer, are not seen.
+
+    Args:
+        model: a torch.nn.Module; its weights, type and device stay as they are.
+        batch: inputs of the model alone, without targets: a tensor or array (N, ...); a dictionary of them, which the
+            model takes by name; a tuple or list of them, which it takes in order. Floating point values take the type
+            of the model's weights. With a single sample no channel of a table is called constant.
+        train: measure in training mode, where batch norm uses the batch; else in evaluation mode.
+
+    Returns:
+        The measurements; `print` them, show them in a notebook, or `save` them.
+
+    Raises:
+        NormTypeError: for a model of no known framework, a batch that is none, inputs that the model does not take.
+        NormValueError: where no activation is called, and for lazy layers.
+
+    Example:
+        >>> import normkit, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+        >>> seen = normkit.activations(model, torch.randn(64, 8))
+        >>> [(site.name, site.activation, round(site.std, 2), site.gamma_mean) for site in seen.sites]
+        [('2', 'relu', 1.0, 1.0)]
+    """
+    framework = _framework(model)
+    if not _is_batch(batch):
+        must = "`batch` must be a tensor or an array, or a dictionary, tuple or list of them"
+        raise NormTypeError(message(must, type(batch).__name__, "next(iter(loader))[0] takes the inputs of a loader"))
+    name = type(model).__name__
+    sites = Sites().measure(training(framework).probe(model, batch, train=train))
+    if not sites:
+        must = "`model` must call an activation, such as relu or gelu, outside of fused operations"
+        raise NormValueError(message(must, f"{name}, which calls none"))
+    return Activations(name, sites)
+
+
+def _framework(model: Any) -> str:
+    # A model of a framework that was never imported cannot exist.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(model, torch.nn.Module):
+        return "torch"
+    got = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
+    raise NormTypeError(message("`model` must be a torch.nn.Module", got))
+
+
+def _is_batch(batch: Any) -> bool:
+    if isinstance(batch, Mapping | tuple | list):
+        parts = list(batch.values() if isinstance(batch, Mapping) else batch)
+        return bool(parts) and any(_is_batch(part) for part in parts)
+    return hasattr(batch, "shape") and hasattr(batch, "dtype")
+
+
+def _require() -> None:
+    from normkit.report.render import require
+
+    require()
+
+
+def _row(site: SiteStats) -> tuple[str, ...]:
+    return (
+        site.name,
+        site.activation,
+        f"{site.mean:.3g}",
+        f"{site.std:.3g}",
+        f"{100 * site.dead:.3g}",
+        _spread(site.gamma_mean, site.gamma_std),
+        _spread(site.beta_mean, site.beta_std),
+    )
+
+
+def _spread(mean: float | None, std: float | None) -> str:
+    return "-" if mean is None or std is None else f"{mean:.3g} ± {std:.2g}"
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,253 @@
+"""What happens in a worker: the user's code is loaded, the question is made complete, trials are run.
+
+User code never runs in the process that asked: a file that trains on import, a model that crashes or a seed that is set
+stays here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from normkit.errors import NormTypeError, NormValueError, message
+from normkit.experiments.code import Code, takes
+from normkit.experiments.config import GOALS, MOMENTUM, NORMS, Config, Task, TrialConfig, Variant, bare, short
+from normkit.experiments.data import DEFAULT_DATA, Dataset
+from normkit.experiments.feeds import ArrayFeed, DatasetFeed, Feed, feed_for
+from normkit.experiments.loop import run_loop
+from normkit.experiments.protocol import Training, training
+from normkit.experiments.results import TrialResult
+from normkit.experiments.trial import Recipe, run_trial, seed_everything, trainer_for
+
+__all__ = ["Job", "Plan", "Session"]
+
+_TARGET = 0.95  # accuracy
+_LOSSES = {"cross_entropy": "mean cross entropy", "mse": "mean squared error", "mae": "mean absolute error"}
+_OPTIMIZERS = {"sgd": f"SGD with momentum {MOMENTUM}", "adam": "Adam", "adamw": "AdamW"}
+_BATCH_SIZES = (32,)
+
+
+class Job(NamedTuple):
+    """The question as it travels to a worker; `code` holds what stands behind each name of the user's in it."""
+
+    config: Config
+    data: Dataset | None
+    code: dict[str, Code]
+
+
+class Plan(NamedTuple):
+    """The question made complete.
+
+    Attributes:
+        job: with nothing left open.
+        task: None for a loop whose first report decides the metric.
+        data: in words.
+        trials: every training run.
+        words: loss and optimizer in words.
+        notes: what was decided, in sentences.
+        versions: of what trains.
+    """
+
+    job: Job
+    task: Task | None
+    data: str
+    trials: tuple[TrialConfig, ...]
+    words: dict[str, str]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+
+
+class Session:
+    """One question in one process."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._prints: dict[str, str] = {}  # fingerprints of what was loaded
+        self._feed: Feed | None = None
+
+    @cached_property
+    def training(self) -> Training:
+        """The framework's side; loaded when it is needed, since a loop of the user's may need none of ours."""
+        found = training(self.job.config.framework)
+        found.limit_threads(1)
+        return found
+
+    def plan(self) -> Plan:
+        """Load everything, build every variant once, and decide what was left open.
+
+        Raises NormError for what would only fail after minutes.
+        """
+        config = self.job.config
+        if config.model in self.job.code:
+            function = self._function("model")
+            if takes(function, "trial") and not takes(function, "norm"):
+                config = dataclasses.replace(config, model=None, run=config.model)
+                self.job = self.job._replace(config=config, data=None)
+        return self._plan_loop() if config.run else self._plan_model()
+
+    def run(self, config: TrialConfig) -> TrialResult:
+        """One trial."""
+        asked = self.job.config
+        if asked.run:
+            seed_everything(config.seed, self.training if self._framework_is_there() else None)
+            return run_loop(config, self._function("run"), asked.metric, lambda: self.training)
+        return run_trial(config, self._recipe(), self._fed(), self.training)
+
+    def _plan_loop(self) -> Plan:
+        config = self.job.config
+        if not takes(self._function("run"), "trial"):
+            must = f"{config.subject} must take `trial`"
+            raise NormValueError(message(must, hint="def train(trial): ... or, for a model, def build(norm): ..."))
+        config = dataclasses.replace(
+            config,
+            norms=config.norms or tuple(norm for norm in NORMS if Variant.parse(norm).position == "before"),
+            batch_sizes=config.batch_sizes or _BATCH_SIZES,
+        )
+        task = None
+        if config.metric is not None:
+            goal = config.goal or GOALS[config.metric]
+            task = Task(config.metric, goal, _target(config, config.metric))
+        self.job = self.job._replace(config=config)
+        versions = self.training.versions() if self._framework_is_there() else {}
+        trials = tuple(config.trials(self._fingerprint("run"), ""))
+        return Plan(self.job, task, "", trials, {}, (), versions)
+
+    def _plan_model(self) -> Plan:
+        feed, config, notes = self._fed(), self.job.config, []
+        loss = config.loss or ("cross_entropy" if feed.classes else "mse")
+        if loss == "cross_entropy" and feed.classes is None and feed.spread is not None:
+            must = "`loss` must be mse or mae where real numbers are to be predicted"
+            raise NormValueError(message(must, "cross_entropy", "for classes convert the labels with .astype(int)"))
+        metric = config.metric or ("accuracy" if loss == "cross_entropy" else "loss")
+        if metric == "accuracy" and feed.classes is None and feed.spread is not None:
+            raise NormValueError(message("`metric` must be loss or your own where numbers are to be predicted", metric))
+        images = feed.shape is not None and len(feed.shape) == 3
+        model = config.model or ("cnn" if images else "mlp")
+        if model == "cnn" and not images:
+            got = "samples that are no arrays" if feed.shape is None else f"rows of {feed.shape[0]} columns"
+            raise NormValueError(message("`cnn` must be given images", got, "use mlp"))
+        if config.inputs is not None and not feed.scalable and config.inputs != ("none",):
+            must = "`inputs` must be none for data sets and loaders, which scale their samples themselves"
+            raise NormValueError(message(must, ", ".join(config.inputs)))
+        sizes = config.batch_sizes or ((feed.own_batches,) if feed.own_batches else _BATCH_SIZES)
+        config = dataclasses.replace(
+            config,
+            model=model,
+            data=config.data or DEFAULT_DATA,
+            loss=loss,
+            metric=metric,
+            goal=config.goal or GOALS[metric],
+            optimizer=config.optimizer or "sgd",
+            batch_sizes=sizes,
+            inputs=config.inputs or (("standard",) if feed.scalable else ("none",)),
+            target=_target(config, metric),
+        )
+        for size in sizes:
+            if feed.steps(size) < 1:
+                must = "a batch size must be at most the number of samples left for training"
+                raise NormValueError(message(must, f"{size} and {feed.samples}"))
+        self.job = self.job._replace(config=config)
+        norms, dropped = self._usable(config.norms)
+        config = dataclasses.replace(config, norms=norms)
+        self.job = self.job._replace(config=config)
+        notes += dropped
+        if isinstance(feed, ArrayFeed) and feed.classes is None:
+            notes.append(
+                "The numbers to predict are scaled to mean 0 and standard deviation 1 by the training part: a mean "
+                "squared error of 1 is what guessing their mean gives."
+            )
+        if not feed.tested:
+            notes.append("There is no test part: the validation part that chose the rates is reported in its place.")
+        elif isinstance(feed, DatasetFeed) and feed.held_out:
+            notes.append("A random fifth of the training samples chose the rates.")
+        spread = feed.spread or (None, None)
+        surprise = math.log(feed.classes) if feed.classes else None
+        guess = {"cross_entropy": surprise, "mse": spread[0], "mae": spread[1]}.get(loss)
+        chances = {"accuracy": 1 / feed.classes if feed.classes else None, "loss": guess}
+        task = Task(bare(metric), config.goal or "max", config.target, guess, chances.get(metric))
+        code = [self._fingerprint(name) for name in ("model", "loss", "optimizer", "metric")]
+        trials = tuple(config.trials("-".join(filter(None, code)), self._prints.get("data", "") + feed.fingerprint))
+        words = {
+            "loss": _LOSSES.get(loss, short(loss)),
+            "optimizer": _OPTIMIZERS.get(str(config.optimizer), short(str(config.optimizer))),
+        }
+        return Plan(self.job, task, str(feed), trials, words, tuple(notes), self.training.versions())
+
+    def _usable(self, asked: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[str]]:
+        """Take a step with every variant. Of norms that were asked for each must work, of the default ones some."""
+        if asked is not None:
+            for norm in asked:
+                self._tried(norm)
+            return asked, []
+        able, notes = [], []
+        for norm in NORMS:
+            try:
+                self._tried(norm)
+                able.append(norm)
+            except NormValueError as error:
+                if norm == "none":
+                    raise
+                notes.append(f"Left out: {error}.")
+        return tuple(able), notes
+
+    def _tried(self, norm: str) -> None:
+        config, feed = self.job.config, self._fed()
+        assert config.batch_sizes is not None
+        small = dataclasses.replace(config, norms=(norm,), batch_sizes=(min(config.batch_sizes),), seeds=1)
+        trial = next(small.trials("", ""))
+        try:
+            seed_everything(trial.seed, self.training)
+            trainer = trainer_for(trial, self._recipe(), feed, self.training)
+            trainer.step(*next(feed.batches(trial.inputs, trial.batch_size, trial.seed, 0)))
+            trainer.evaluate([next(iter(feed.validation(trial.inputs)))])
+        except NormValueError as error:
+            raise NormValueError(f"`{norm}` cannot be used in {config.subject}: {error}") from error
+
+    def _recipe(self) -> Recipe:
+        config = self.job.config
+        assert config.metric is not None
+        made = {name: self._function(name) for name in ("model", "loss", "optimizer", "metric")}
+        return Recipe(**made, metric_name=bare(config.metric))
+
+    def _function(self, name: str) -> Any:
+        """What stands behind a name of the question: the name itself, or the user's function."""
+        text = getattr(self.job.config, name)
+        if text not in self.job.code:
+            return text
+        value = self._loaded(name, text)
+        if not isinstance(value, Callable):  # type: ignore[arg-type]
+            raise NormTypeError(message(f"{text} must be a function", type(value).__name__))
+        return value
+
+    def _loaded(self, name: str, text: str) -> Any:
+        guard = self.training.no_training if self._framework_is_there() else None
+        value, self._prints[name] = self.job.code[text].load(guard)
+        return value
+
+    def _fingerprint(self, name: str) -> str:
+        return self._prints.get(name, "")
+
+    def _fed(self) -> Feed:
+        if self._feed is None:
+            config = self.job.config
+            data: Any = self.job.data
+            if data is None:
+                assert config.data is not None
+                data = self._loaded("data", config.data)
+            self._feed = feed_for(short(config.data or DEFAULT_DATA), data, config.loss, config.batch_sizes)
+        return self._feed
+
+    def _framework_is_there(self) -> bool:
+        try:
+            return self.training is not None
+        except ImportError:
+            if self.job.config.run:
+                return False
+            raise
+
+
+def _target(config: Config, metric: str) -> float | None:
+    return _TARGET if config.target is None and metric == "accuracy" else config.target
