@@ -113,8 +113,19 @@ def test_of_a_loss_the_smallest_is_best_and_there_is_no_target(trial):
     assert variant.best_lr == 0.3
     assert variant.steps_to_target == ()
     assert not variant.all_reached
-    # Without the loss of a guess to compare with, a rate works where the metric got better than it was at first.
+    # Without the loss of a guess to compare with, a rate works where the metric came half way, here to 5.5.
     assert variant.largest_lr == 0.3
+
+
+def test_half_way_is_from_the_worst_start_to_the_best_end_of_any_variant(trial):
+    def largest(value):
+        results = [trial("none", lr=0.1, values=(0.2, 0.4)), trial("none", lr=1.0, values=(0.9, value))]
+        results += [trial("batch", lr=0.1, values=(0.1, 0.9)), trial("batch", lr=1.0, values=(0.0, 0.0))]
+        (group,) = summarize(results, Task("accuracy", "max", None))
+        return group.variants[0].largest_lr
+
+    assert largest(0.5) == 1.0  # half way from 0.1 to 0.9, although worse than at first
+    assert largest(0.49) is None
 
 
 def test_gap_memory_and_step_time_are_summed_up(trial):
@@ -242,4 +253,4 @@ def test_test_examples_count_from_ten_seeds_on(trial):
 def test_a_loop_that_reports_once_is_judged_by_that(trial):
     once = dataclasses.replace(trial(epochs=6), curve=(Evaluation(7, 1.0, None, 0.8),), steps=7, train_losses=())
     assert score(once) == 0.8
-    assert only([once]).largest_lr == 0.1
+    assert only([once], Task("accuracy", "max", 0.95)).largest_lr == 0.1

@@ -198,7 +198,8 @@ def summarize(results: Iterable[TrialResult], task: Task) -> tuple[Group, ...]:
     """Judge every variant at its own best rate, setting by setting, in the order in which they appear.
 
     A rate is usable where no seed diverged and every seed learned: the mean training loss of the last epoch is below
-    half that of the best constant guess or, where that is not known, the metric is better than at the first evaluation.
+    half that of the best constant guess or, where that is not known, the metric came at least half way from where they
+    start (the worst first evaluation of any variant at its smallest rate) to the best that any variant reached.
 
     Differences are paired by seed. Where a variant diverged for every rate it has no place in them. All of the
     comparison are corrected together (Holm, weight 1 against the baseline, else 0.1), so that the chance of any false
@@ -211,7 +212,8 @@ def summarize(results: Iterable[TrialResult], task: Task) -> tuple[Group, ...]:
         norms.setdefault(config.norm, defaultdict(list))[config.lr].append(result)
     groups, differences = [], []
     for setting, norms in settings.items():
-        judged = [_variant(norm, by_rate, task) for norm, by_rate in norms.items()]
+        bar = _half_way(norms.values(), task)
+        judged = [_variant(norm, by_rate, task, bar) for norm, by_rate in norms.items()]
         group = Group(setting, tuple(variant for variant, _ in judged))
         groups.append(group)
         differences.append(_differences(group, dict(zip(norms, (trials for _, trials in judged), strict=True)), task))
@@ -235,11 +237,20 @@ def reached(result: TrialResult, task: Task) -> Evaluation | None:
     return next((evaluation for evaluation in result.curve if task.reached(evaluation.metric)), None)
 
 
+def _half_way(norms: Iterable[dict[float, list[TrialResult]]], task: Task) -> float | None:
+    """The metric that counts as learned where the loss of a guess is not known, None where nothing was measured."""
+    starts = [trial.curve[0].metric for by_rate in norms for trial in by_rate[min(by_rate)] if trial.curve]
+    ends = _known(score(trial) for by_rate in norms for trials in by_rate.values() for trial in trials)
+    if not starts or not ends:
+        return None
+    return (min(starts, key=lambda m: task.sign * m) + max(ends, key=lambda m: task.sign * m)) / 2
+
+
 def _variant(
-    norm: str, by_rate: dict[float, list[TrialResult]], task: Task
+    norm: str, by_rate: dict[float, list[TrialResult]], task: Task, bar: float | None
 ) -> tuple[VariantSummary, Sequence[TrialResult]]:
     """The summary, and the trials at the best rate."""
-    rates = tuple(_rate(lr, by_rate[lr], task) for lr in sorted(by_rate))
+    rates = tuple(_rate(lr, by_rate[lr], task, bar) for lr in sorted(by_rate))
     candidates = [(task.sign * rate.mean, -_loss(by_rate[rate.lr]), rate.lr) for rate in rates if rate.mean is not None]
     best_lr = max(candidates)[-1] if candidates else None
     trials = by_rate[best_lr] if best_lr is not None else []
@@ -271,18 +282,17 @@ def _variant(
     return summary, trials
 
 
-def _rate(lr: float, trials: Sequence[TrialResult], task: Task) -> RatePoint:
-    return RatePoint(lr, tuple(score(trial) for trial in trials), all(_learned(trial, task) for trial in trials))
+def _rate(lr: float, trials: Sequence[TrialResult], task: Task, bar: float | None) -> RatePoint:
+    return RatePoint(lr, tuple(score(trial) for trial in trials), all(_learned(trial, task, bar) for trial in trials))
 
 
-def _learned(trial: TrialResult, task: Task) -> bool:
+def _learned(trial: TrialResult, task: Task, bar: float | None) -> bool:
     value = score(trial)
     if value is None:
         return False
     if task.guess is not None and trial.train_losses:
         return trial.train_losses[-1] < task.guess / 2
-    # A loop that reports once has nothing to compare with.
-    return len(trial.curve) == 1 or task.sign * value > task.sign * trial.curve[0].metric
+    return bar is not None and task.sign * value >= task.sign * bar
 
 
 def _loss(trials: Sequence[TrialResult]) -> float:

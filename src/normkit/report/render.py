@@ -152,11 +152,11 @@ def _figures(comparison: Comparison, group: Group) -> dict[str, Drawable]:
 
 
 def _beside(comparison: Comparison, group: Group) -> str | None:
-    """Whose activations stand beside the baseline's: the recommended variant's, else batch norm's, else the first."""
+    """Whose activations stand beside the baseline's: batch norm's, else the recommended variant's, else the first."""
     shown = [variant for variant in group.variants if variant.snapshots and variant is not group.baseline]
     best = [variant for variant in words.recommended(group, comparison.task) if variant in shown]
     batch = [variant for variant in shown if variant.norm == "batch"]
-    return next((variant.norm for variant in [*best, *batch, *shown]), None)
+    return next((variant.norm for variant in [*batch, *best, *shown]), None)
 
 
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
