@@ -33,7 +33,10 @@ def test_full_grid_of_the_cnn():
 
 @pytest.mark.long
 def test_full_grid_of_the_ten_layer_mlp():
-    """Half the steps is reached with 9 seeds only (see benchmarks/claims.csv); over 3 seeds the ratio is noisy."""
-    none, batch = measured("mlp", (0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
-    assert batch.mean_steps < none.mean_steps
+    """Fewer steps beyond chance, about half (see benchmarks/claims.csv); a seed of none may not get there at all."""
+    (group,) = compare("mlp", norms=("none", "batch"), show_progress=False).groups
+    found = group.difference("batch", "steps")
+    assert found.claimed
+    assert found.value < 0.75
+    none, batch = group.variants
     assert batch.largest_lr >= 5 * none.largest_lr
