@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--comparisons", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     arguments = parser.parse_args()
-    equal = [(seeds, 450, profile, 0.0) for seeds in (3, 5, 10, 20) for profile in (0.0, 0.5, 1.0)]
+    equal = [(seeds, 450, profile, 0.0) for seeds in (3, 4, 5, 6, 7, 8, 9, 10, 20) for profile in (0.0, 0.5, 1.0)]
     better = [(seeds, examples, 0.5, 0.02) for seeds in (5, 10, 20) for examples in (450, 2000)]
     with arguments.out.open("w", newline="") as file:
         writer = csv.writer(file)

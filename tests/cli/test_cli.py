@@ -73,14 +73,14 @@ def test_json_prints_json_and_nothing_else(data, tmp_path, capfd):
         (["--inputs", "raw"], 2, "every input scaling in `inputs` must be a known one"),
         (["--workers", "0"], 2, "`workers` must be at least 1"),
         (["--target", "95"], 2, "95 % is written 0.95"),
-        (["--framework", "keras"], 2, "`framework` must be torch for now"),
+        (["--framework", "kears"], 2, "`framework` must be a known one; got 'kears'. hint: did you mean keras?"),
         (["--data", "missing.npz"], 2, "must be a file that exists; got 'missing.npz'"),
         (["mine.py:build"], 2, "must name a file that exists; got 'mine.py'"),
         (["mine.py"], 2, "write file.py:build"),
         (["--data", "mine.py:data"], 2, "must name a file that exists"),
         (["--loss", "huber"], 2, "`loss` must be a known one or file.py:name; got 'huber'"),
         (["--optimizer", "agd"], 2, "`optimizer` must be a known one"),
-        (["--metric", "auc"], 2, "`metric` must be a known one"),
+        (["--metric", "auc", "--goal", "max"], 2, "`metric` must be a known one"),
         (["--goal", "up"], 2, "`goal` must be min or max"),
         (["--storage", "nosuchdb://x"], 1, "must be opened in nosuchdb://x"),
         (["--nomrs", "batch"], 2, "No such option"),
@@ -165,3 +165,9 @@ def test_a_missing_typer_is_named(monkeypatch, capsys):
         capsys.readouterr().err
         == "error: the command line needs typer, which is not installed. hint: pip install 'normkit[lab]'\n"
     )
+
+
+def test_the_password_of_a_storage_is_nowhere(data, tmp_path, capsys):
+    url = "postgresql://ann:hunter2@localhost:1/nowhere"
+    assert main(["compare", "mlp", "--data", data, "--out", str(tmp_path / "out"), "--storage", url, *TINY]) == 1
+    assert "hunter2" not in capsys.readouterr().err

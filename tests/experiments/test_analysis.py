@@ -229,25 +229,29 @@ def test_a_variant_without_a_rate_takes_no_part_in_differences(trial):
     assert group.against_baseline == group.pairs == ()
 
 
-def test_test_examples_count_from_ten_seeds_on(trial):
+def test_test_examples_count(trial):
     """Each variant misses examples of its own with every seed: another test set might have had fewer of them."""
 
-    def difference(seeds):
+    def difference(seeds, known):
         results = []
         for norm, missed in (("none", range(20)), ("batch", range(20, 30))):
             for seed in range(seeds):
                 right = np.ones(200)
                 right[[*missed, 100 + seed]] = 0  # and one by chance
-                results.append(trial(norm, seed=seed, final=right.mean(), examples=packed(right)))
+                results.append(trial(norm, seed=seed, final=right.mean(), examples=packed(right) if known else None))
         (group,) = summarize(results, ACCURACY)
         return group.difference("batch", "final")
 
-    few, many = difference(9), difference(10)
-    assert few.value == many.value == pytest.approx(0.05)
-    assert few.claimed
-    assert not many.claimed
+    for seeds in (5, 10):
+        assert difference(seeds, known=False).claimed
+        assert not difference(seeds, known=True).claimed
     # McNemar: 20 against 10 of 30 examples that differ, sqrt(30 - 10^2 / 200) / 200 standard error.
+    many = difference(10, known=True)
+    assert many.value == pytest.approx(0.05)
     assert many.high - many.value == pytest.approx(1.96 * math.sqrt(29.5) / 200, rel=0.05)
+    # With fewer seeds the quantile is that of the seeds.
+    few = difference(5, known=True)
+    assert few.high - few.value == pytest.approx(2.776 * math.sqrt(29.5) / 200, rel=0.05)
 
 
 def test_a_loop_that_reports_once_is_judged_by_that(trial):

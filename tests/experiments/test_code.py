@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -35,33 +36,33 @@ def file(tmp_path, monkeypatch):
 def test_a_function_of_a_file(file):
     reference = file("import helper\ndef build(): return helper.NUMBER\n")
     file("NUMBER = 7\n", stem="helper")
-    function, fingerprint = Code(reference).load()
-    assert function() == 7
-    assert len(fingerprint) == 16
+    assert Code.named(reference).load()() == 7
 
 
-def test_the_fingerprint_follows_the_file_and_what_it_imports_from_beside_it(tmp_path):
-    def fingerprint():
-        code = f"from normkit.experiments.code import Code; print(Code({str(tmp_path / 'm.py')!r} + ':f').load()[1])"
+def test_the_files_of_the_user_are_known_and_libraries_are_not(tmp_path):
+    def loaded():
+        code = f"from normkit.experiments.code import *; Code.named({str(tmp_path / 'm.py')!r} + ':f').load()"
+        code += "; print(sorted((f.split('/')[-1], h) for f, h in files_of_the_user().items()))"
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
-    (tmp_path / "m.py").write_text("import helper_of_m\nimport numpy\nf = 1\n")
-    (tmp_path / "helper_of_m.py").write_text("a = 1\n")
-    first = fingerprint()
-    assert fingerprint() == first
-    (tmp_path / "helper_of_m.py").write_text("a = 2\n")
-    second = fingerprint()
-    assert second != first
-    (tmp_path / "m.py").write_text("import helper_of_m\nimport numpy\nf = 2\n")
-    assert fingerprint() != second
+    (tmp_path / "m.py").write_text(
+        "import sys; sys.path.append(__file__[:-4] + 'lib')\nimport far_helper, numpy\nf = 1\n"
+    )
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "far_helper.py").write_text("a = 1\n")
+    first = loaded()
+    assert [name for name, _ in eval(first)] == ["far_helper.py", "m.py"]
+    assert loaded() == first
+    (tmp_path / "lib" / "far_helper.py").write_text("a = 2\n")
+    assert loaded() != first
 
 
 def test_a_file_is_run_once_and_again_when_it_changed(file):
     reference = file("import random\nbuild = random.random()\n")
-    first, _ = Code(reference).load()
-    assert Code(reference).load()[0] == first
+    first = Code.named(reference).load()
+    assert Code.named(reference).load() == first
     file("build = 'new'\n")
-    assert Code(reference).load()[0] == "new"
+    assert Code.named(reference).load() == "new"
 
 
 @pytest.mark.parametrize(
@@ -78,18 +79,18 @@ def test_a_file_is_run_once_and_again_when_it_changed(file):
 )
 def test_a_file_that_cannot_be_used(file, content, said):
     with pytest.raises(NormValueError, match=f"(?s){said}"):
-        Code(file(content)).load(training("torch").no_training)
+        Code.named(file(content)).load(training("torch").no_training)
     # Nothing stays behind that would stop a good file.
-    assert Code(file("def build(norm): return 3\n")).load(training("torch").no_training)[0](None) == 3
+    assert Code.named(file("def build(norm): return 3\n")).load(training("torch").no_training)(None) == 3
 
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(NormValueError, match=r"a file that exists; got 'nowhere.py'"):
-        Code("nowhere.py:build").load()
+        Code.named("nowhere.py:build").load()
 
 
 def test_the_line_of_the_users_code_is_named(file):
-    function, _ = Code(file("def build():\n    x = 1\n    return [][x]\n")).load()
+    function = Code.named(file("def build():\n    x = 1\n    return [][x]\n")).load()
     with pytest.raises(NormValueError, match=r"f raised IndexError: list index out of range \(line 3 of mine.py\)"):
         call("f", function)
 
@@ -123,12 +124,59 @@ def handed_over():
 def test_an_object_is_carried_and_its_fingerprint_is_that_of_what_it_uses(monkeypatch):
     code = Code.of(handed_over)
     assert code.label == "python:handed_over"
-    function, fingerprint = code.load()
-    assert function() == 2
-    assert Code.of(handed_over).fingerprint == fingerprint
-    assert Code.of(helper).fingerprint != fingerprint
+    assert code.load()() == 2
+    assert Code.of(handed_over).fingerprint == code.fingerprint
+    assert Code.of(helper).fingerprint != code.fingerprint
     monkeypatch.setattr(sys.modules[__name__], "SCALE", 3)
-    assert Code.of(handed_over).fingerprint != fingerprint
+    assert Code.of(handed_over).fingerprint != code.fingerprint
+
+
+def made(width):
+    return lambda norm: width
+
+
+class Maker:
+    def __init__(self, width):
+        self.width = width
+
+    def __call__(self, norm):
+        return self.width
+
+    def build(self, norm):
+        return self.width
+
+
+WIDTHS = [4]
+
+
+def listed(norm):
+    return WIDTHS[0]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (made(4), made(64)),
+        (functools.partial(helper, 4), functools.partial(helper, 64)),
+        (Maker(4), Maker(64)),
+        (Maker(4).build, Maker(64).build),
+        (lambda norm: 4, lambda norm: 64),
+    ],
+)
+def test_what_decides_beside_the_source_tells_objects_apart(one, other):
+    assert Code.of(one).fingerprint != Code.of(other).fingerprint
+    assert Code.of(one).fingerprint == Code.of(one).fingerprint
+
+
+def test_a_global_that_is_no_plain_value_counts(monkeypatch):
+    # As in a notebook, whose functions are carried by value.
+    monkeypatch.setattr(listed, "__module__", "__main__")
+    before = Code.of(listed).fingerprint
+    WIDTHS[0] = 64
+    try:
+        assert Code.of(listed).fingerprint != before
+    finally:
+        WIDTHS[0] = 4
 
 
 def test_what_cannot_be_carried_is_refused():
@@ -160,7 +208,7 @@ def test_a_main_script_hands_its_own_functions_over(tmp_path):
 
 def test_compare_may_run_again_after_a_file_was_refused(file):
     with pytest.raises(NormValueError):
-        Code(file("import normkit\nnormkit.compare('mlp')\n")).load()
+        Code.named(file("import normkit\nnormkit.compare('mlp')\n")).load()
     with pytest.raises(NormValueError, match="did you mean batch"):
         normkit.compare(norms=("bach",))
 

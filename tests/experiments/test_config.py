@@ -64,7 +64,6 @@ TRIAL = TrialConfig(
         ({"run": "train.py:train", "metric": "auc"}, "`goal` must be given"),
         ({"metric": "accuracy", "goal": "min"}, "`goal` of accuracy must be max; got min"),
         ({"goal": "biggest"}, "`goal` must be min or max"),
-        ({"framework": "keras"}, "`framework` must be torch for now"),
         ({"framework": "toch"}, "did you mean torch?"),
     ],
 )

@@ -20,9 +20,9 @@ def simulated():
     return module
 
 
-@pytest.mark.parametrize("seeds", [3, 5, 10])
-def test_equal_variants_are_told_apart_in_at_most_5_percent_of_comparisons(simulated, seeds):
-    claims, _ = simulated.rates(1000, seeds=seeds, examples=450, profile=0.5)
+@pytest.mark.parametrize(("seeds", "profile"), [(5, 0.5), (9, 1.0), (10, 0.5)])
+def test_equal_variants_are_told_apart_in_at_most_5_percent_of_comparisons(simulated, seeds, profile):
+    claims, _ = simulated.rates(1000, seeds=seeds, examples=450, profile=profile)
     assert claims <= 0.05
 
 
@@ -53,5 +53,5 @@ def test_the_committed_table_says_the_same(simulated):
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == simulated.COLUMNS
     equal = [row for row in rows if float(row["gain"]) == 0]
-    assert len(equal) == 12
+    assert len(equal) == 27
     assert all(float(row["claims"]) <= 0.05 for row in equal)

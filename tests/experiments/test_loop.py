@@ -103,7 +103,7 @@ def test_time_in_reports_does_not_count():
 
     result = run(train)
     assert 0.1 <= result.seconds < 0.3
-    assert result.step_seconds == result.seconds / 2
+    assert 0.05 <= result.step_seconds < result.seconds  # between the reports: the set-up is before the first
 
 
 @pytest.mark.parametrize("returned", [0.9, torch.tensor(0.9), {"accuracy": 0.9, "loss": 3.0}])

@@ -78,7 +78,7 @@ def test_a_dying_worker_is_reported(job, processes):
 def loop(tmp_path, body):
     (tmp_path / "train.py").write_text(f"def train(trial):\n    {body}\n")
     name = f"{tmp_path}/train.py:train"
-    return Job(Config(run=name, norms=("none",), lrs=(0.1,), seeds=1), None, {name: Code(name)})
+    return Job(Config(run=name, norms=("none",), lrs=(0.1,), seeds=1), None, {name: Code.named(name)})
 
 
 def test_a_failing_trial_is_reported_with_its_cause(tmp_path, processes):

@@ -234,3 +234,20 @@ def test_every_field_of_a_result_is_kept(trial):
     result = trial()
     for field in dataclasses.fields(result):
         assert field.name in result.to_dict()
+
+
+def test_claims_hold_from_other_folders_too(url, trial, tmp_path, monkeypatch):
+    (tmp_path / "here" / "out").mkdir(parents=True)
+    (tmp_path / "there" / "out").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with Store("study", "max", url, Path("out")) as mine:
+        mine.claim(trial().config)
+        monkeypatch.chdir(tmp_path / "there")
+        with Store("study", "max", url, Path("out")) as theirs:
+            assert theirs.claim(trial().config) is None
+
+
+def test_passwords_are_hidden():
+    assert stores.hidden("postgresql://ann:secret@host/db") == "postgresql://ann:***@host/db"
+    assert stores.hidden("normkit compare --storage mysql+x://u:p:q@h") == "normkit compare --storage mysql+x://u:***@h"
+    assert stores.hidden("sqlite:///a/b.db") == "sqlite:///a/b.db"

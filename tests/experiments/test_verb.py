@@ -331,3 +331,83 @@ def test_the_password_of_a_storage_is_not_in_the_results(finished, npz, tmp_path
     result = normkit.compare(data=npz(), storage=f"sqlite:///{tmp_path}/secret.db", **SMALL)
     assert result.environment["storage"] == "sqlite"
     assert "secret" not in json.dumps(result.to_dict())
+
+
+LOADERS = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+g = torch.Generator().manual_seed(0)
+torch.manual_seed(0)
+x, y = torch.randn(64, 3), torch.arange(64) % 2
+x[y == 1] += 1
+own = DataLoader(TensorDataset(x, y), 8, shuffle=True, generator=g), DataLoader(TensorDataset(x, y), 64)
+raw = TensorDataset(x, y)
+scaled = TensorDataset(100 * x, y)
+missing = TensorDataset(torch.full((64, 3), torch.nan), y)
+"""
+
+
+def test_a_loader_with_random_numbers_of_its_own_gives_all_variants_the_same(mine, tmp_path):
+    (tmp_path / "loaders.py").write_text(LOADERS)
+    found = {}
+    for norms in (("none", "batch"), ("batch", "none")):
+        asked = {**SMALL, "batch_sizes": None, "norms": norms}
+        for trial in normkit.compare(mine("build"), mine("own", "loaders"), **asked).trials:
+            found.setdefault(trial.config.norm, []).append(trial.train_losses)
+    assert all(first == second for first, second in found.values())
+
+
+def test_two_names_of_one_file_are_two_questions(mine, tmp_path):
+    (tmp_path / "loaders.py").write_text(LOADERS)
+    asked = {**SMALL, "storage": f"sqlite:///{tmp_path}/trials.db", "norms": ("none",)}
+    first, second = (normkit.compare(mine("build"), mine(name, "loaders"), **asked) for name in ("raw", "scaled"))
+    assert second.environment["started"] == 1
+    assert first.trials[0].curve != second.trials[0].curve
+    assert normkit.compare(mine("build"), mine("raw", "loaders"), **asked).environment["started"] == 0
+
+
+def test_values_that_are_missing_are_refused_in_data_sets_too(mine, tmp_path):
+    (tmp_path / "loaders.py").write_text(LOADERS)
+    with pytest.raises(NormError, match=r"samples of loaders\.py:missing must be finite; got nan"):
+        normkit.compare(mine("build"), mine("missing", "loaders"), **SMALL)
+
+
+def test_a_network_that_does_not_fit_the_data_is_worded(npz, tmp_path):
+    (tmp_path / "m.py").write_text(
+        "from torch import nn\ndef build(norm): return nn.Sequential(nn.Linear(9, 2), norm(2))\n"
+    )
+    with pytest.raises(NormError, match=r"m\.py:build must take a step on this data; got RuntimeError: mat1"):
+        normkit.compare(f"{tmp_path}/m.py:build", npz(), **SMALL)
+
+
+ONCE = {"norms": ("none",), "lrs": (0.1, 0.2, 0.3), "seeds": 1, "workers": 1, "show_progress": False}
+
+
+def test_a_loop_finds_nothing_on_its_standard_input(tmp_path):
+    (tmp_path / "t.py").write_text(
+        "import subprocess\ndef train(trial):\n    subprocess.run(['cat'])\n    trial.report(1, loss=1.0)\n"
+    )
+    assert len(normkit.compare(f"{tmp_path}/t.py:train", **ONCE).trials) == 3
+
+
+def test_a_file_that_is_edited_meanwhile_does_not_mix(tmp_path):
+    """The worker goes on with what it loaded; another one, started later, refuses."""
+    file = tmp_path / "t.py"
+    file.write_text(
+        "VALUE = 1.0\ndef train(trial):\n"
+        "    text = open(__file__).read().replace('VALUE = 1.0', 'VALUE = 2.0')\n"
+        "    open(__file__, 'w').write(text)\n    trial.report(1, loss=VALUE)\n"
+    )
+    assert [trial.final for trial in normkit.compare(f"{file}:train", **ONCE).trials] == [1.0] * 3
+    from normkit.experiments.session import Job, Session
+
+    with pytest.raises(NormRuntimeError, match=r"t\.py must stay as it is while trials are run"):
+        Session(Job(None, None, {}, {str(file): "another hash"}))
+
+
+def test_a_metric_of_a_loop_may_have_any_name(tmp_path):
+    (tmp_path / "t.py").write_text("def train(trial):\n    trial.report(1, rmse=1.0)\n")
+    result = normkit.compare(f"{tmp_path}/t.py:train", metric="rmse", goal="min", **ONCE)
+    assert (result.task.metric, result.task.goal) == ("rmse", "min")
+    with pytest.raises(NormError, match="`metric` of a training loop must be the name of what it reports"):
+        normkit.compare(f"{tmp_path}/t.py:train", metric=len, goal="min", **ONCE)

@@ -15,7 +15,8 @@ import typer
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
-from normkit.experiments.config import INPUTS, LOSSES, NORMS, OPTIMIZERS
+from normkit.experiments.config import FRAMEWORKS, INPUTS, LOSSES, NORMS, OPTIMIZERS
+from normkit.experiments.store import hidden
 from normkit.experiments.verb import TRIALS
 
 __all__ = ["run"]
@@ -150,7 +151,7 @@ def compare(
             help="Value of the metric whose first crossing is timed. [default: 0.95 for accuracy]", show_default=False
         ),
     ] = None,
-    framework: Annotated[str, typer.Option(help="What trains: torch.")] = _DEFAULT.framework,
+    framework: Annotated[str, typer.Option(help=f"What trains: {', '.join(FRAMEWORKS)}.")] = _DEFAULT.framework,
     workers: Annotated[
         int | None, typer.Option(help="Processes, one thread each. [default: one per core]", show_default=False)
     ] = None,
@@ -217,7 +218,8 @@ def _command(context: typer.Context) -> str:
         if value is True:
             typed.append(name)
         else:
-            typed += [name, str(value)] if name.startswith("-") else [str(value)]
+            shown = hidden(str(value))
+            typed += [name, shown] if name.startswith("-") else [shown]
     return shlex.join(typed)
 
 

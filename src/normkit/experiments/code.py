@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from normkit.errors import MissingExtraError, NormError, NormValueError, message
 
-__all__ = ["Code", "call", "takes", "told_when_imported"]
+__all__ = ["Code", "call", "files_of_the_user", "refuse_when_imported", "takes"]
 
-_loaded: dict[Path, tuple[str, ModuleType, list[Path]]] = {}
+_loaded: dict[Path, tuple[str, ModuleType]] = {}
 _importing = threading.local()
 
 
@@ -26,13 +26,20 @@ class Code(NamedTuple):
 
     Attributes:
         label: `file.py:name` as the user wrote it, or `python:name`.
+        path: of the file, absolute; empty for an object.
         pickled: the object where it was handed over in Python, else None.
-        fingerprint: of an object that was handed over; that of a file is known when it is loaded.
+        fingerprint: of an object that was handed over; files are told apart by :func:`files_of_the_user`.
     """
 
     label: str
+    path: str = ""
     pickled: bytes | None = None
     fingerprint: str = ""
+
+    @classmethod
+    def named(cls, label: str) -> Code:
+        """What `file.py:name` stands for, seen from the present folder."""
+        return cls(label, str(Path(label.rpartition(":")[0]).absolute()))
 
     @classmethod
     def of(cls, value: Any) -> Code:
@@ -48,32 +55,46 @@ class Code(NamedTuple):
         except Exception as error:
             must = f"what is handed over must be something that can be pickled, {name} is not ({error})"
             raise NormValueError(message(must, hint="write it into a file and name it as file.py:name")) from error
-        source = _source(value) if callable(value) else None
-        digest = hashlib.sha256(pickled if source is None else source.encode()).hexdigest()
-        return cls(f"python:{name}", pickled, digest)
+        source = _source(value)
+        digest = hashlib.sha256(pickled if source is None else source.encode())
+        for content in files_of_the_user().values():
+            digest.update(content.encode())
+        return cls(f"python:{name}", "", pickled, digest.hexdigest())
 
-    def load(self, guard: Callable[[str], contextlib.AbstractContextManager[None]] | None = None) -> tuple[Any, str]:
-        """The object and its fingerprint: of a file that of the file and of what it imports from its own folder.
+    def load(self, guard: Callable[[str], contextlib.AbstractContextManager[None]] | None = None) -> Any:
+        """The object. `guard` is entered, with the name of the file, while the file runs.
 
-        `guard` is entered, with the name of the file, while the file runs. Raises NormValueError for a file that is
-        missing, raises, ends the program or has no such name.
+        Raises NormValueError for a file that is missing, raises, ends the program or has no such name.
         """
         if self.pickled is not None:
             import pickle
 
-            return pickle.loads(self.pickled), self.fingerprint
+            return pickle.loads(self.pickled)
         file, _, name = self.label.rpartition(":")
-        path = Path(file)
+        path = Path(self.path)
         if not path.is_file():
             raise NormValueError(message("a file.py:name must name a file that exists", repr(file)))
-        module, fingerprint = _module(path.resolve(), guard)
+        module = _module(path.resolve(), guard)
         try:
-            return getattr(module, name), fingerprint
+            return getattr(module, name)
         except AttributeError:
             public = [known for known in vars(module) if not known.startswith("_")]
             defined = [known for known in public if getattr(vars(module)[known], "__module__", "") == module.__name__]
-            must = f"{path.name} must define {name}"
+            must = f"{path.name} must define {name or 'what is named after the colon'}"
             raise NormValueError(message(must, ", ".join(defined) or "nothing of its own")) from None
+
+
+def files_of_the_user() -> dict[str, str]:
+    """The files of all modules that are loaded and belong to no library, with a hash of what is in them now.
+
+    The main script is none of them: it asks, and may be edited between two questions.
+    """
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and name != "__main__" and _of_the_user(file) and Path(file).is_file():
+            found[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
 
 
 def takes(function: Any, name: str) -> bool:
@@ -95,27 +116,20 @@ def call(label: str, function: Callable[..., Any], *arguments: Any, **named: Any
         raise NormValueError(f"{label} raised {_worded(error)}") from error
 
 
-@contextlib.contextmanager
-def told_when_imported(verb: str) -> Iterator[None]:
+def refuse_when_imported(verb: str) -> None:
     """Refuse to run while a user's file is being imported: it would start itself without end."""
     file = getattr(_importing, "file", None)
     if file is not None:
         must = f"{file} must not call {verb} when it is imported"
         raise NormValueError(message(must, hint='put the call under `if __name__ == "__main__":`'))
-    yield
 
 
-def _module(path: Path, guard: Any) -> tuple[ModuleType, str]:
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+def _module(path: Path, guard: Any) -> ModuleType:
+    """The module of a file, run again where the file has changed."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if path not in _loaded or _loaded[path][0] != digest:
-        before = set(sys.modules)
-        module = _executed(path, guard)
-        _loaded[path] = digest, module, sorted(_beside(path, set(sys.modules) - before))
-    _, module, files = _loaded[path]
-    for file in files:
-        digest += hashlib.sha256(file.read_bytes()).hexdigest()
-    return module, hashlib.sha256(digest.encode()).hexdigest()[:16]
+        _loaded[path] = digest, _executed(path, guard)
+    return _loaded[path][1]
 
 
 def _executed(path: Path, guard: Any) -> ModuleType:
@@ -147,17 +161,6 @@ def _executed(path: Path, guard: Any) -> ModuleType:
     return module
 
 
-def _beside(path: Path, modules: set[str]) -> Iterator[Path]:
-    """The files that were imported from the folder of a file, or below it."""
-    for name in modules:
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if file is None or name.startswith("normkit"):
-            continue
-        found = Path(file)
-        if found.suffix == ".py" and path.parent in found.parents and "site-packages" not in found.parts:
-            yield found
-
-
 def _worded(error: BaseException) -> str:
     """Type, text and, where the user's code is to blame, its line."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -169,32 +172,40 @@ def _worded(error: BaseException) -> str:
 def _of_the_user(filename: str) -> bool:
     path = Path(filename)
     library = Path(__file__).parents[1] in path.parents or "site-packages" in path.parts
-    return path.suffix == ".py" and not library and not filename.startswith((sys.base_prefix, "<"))
+    return path.suffix == ".py" and not library and not filename.startswith((sys.base_prefix, sys.prefix, "<"))
 
 
 def _source(value: Any) -> str | None:
-    """The source of a function or class and of what it names in its own module: comments elsewhere change nothing."""
+    """The source of a plain function and of what it names in its own module: comments elsewhere change nothing.
+
+    None where that is not all that decides: a closure, an instance, a global that is no plain value. The pickled bytes
+    then tell it apart, at worst too often, which costs only time.
+    """
     seen: dict[str, str] = {}
     todo = [value]
     while todo:
-        item = inspect.unwrap(todo.pop())
-        name = getattr(item, "__qualname__", None)
-        if name is None or name in seen:
+        item = todo.pop()
+        function = inspect.isfunction(item)
+        if not (function or inspect.isclass(item)) or (function and (item.__closure__ or "<" in item.__qualname__)):
+            return None
+        if item.__qualname__ in seen:
             continue
         try:
-            seen[name] = inspect.getsource(item)
+            seen[item.__qualname__] = inspect.getsource(item)
         except (OSError, TypeError):
             return None
-        codes = [item.__code__] if hasattr(item, "__code__") else [
-            member.__code__ for member in vars(item).values() if hasattr(member, "__code__")
-        ]  # fmt: skip
-        space = vars(sys.modules.get(item.__module__, ModuleType("")))
-        for known in sorted({used for code in codes for used in _names(code)}):
-            found = space.get(known)
-            if callable(found) and getattr(found, "__module__", None) == item.__module__:
+        members = [item] if function else [member for member in vars(item).values() if inspect.isfunction(member)]
+        used = {(name, id(m.__globals__)): m.__globals__ for m in members for name in _names(m.__code__)}
+        for (known, _), space in sorted(used.items(), key=lambda pair: pair[0]):
+            if known not in space:
+                continue
+            found = space[known]
+            if isinstance(found, int | float | str | bool | None):
+                seen[f"{item.__qualname__} {known}"] = repr(found)
+            elif getattr(found, "__module__", None) == item.__module__:
                 todo.append(found)
-            elif isinstance(found, int | float | str | bool | tuple):
-                seen[f"{name} {known}"] = repr(found)
+            elif not (inspect.ismodule(found) or callable(found)):
+                return None
     return "\n".join(seen[name] for name in sorted(seen))
 
 

@@ -219,8 +219,17 @@ class Config:
         _at_least_one("`seeds`", self.seeds)
         _at_least_one("`epochs`", self.epochs)
         _check_judging(self)
+        if self.run is None and not is_reference(self.model or ""):
+            self.check_model()
+
+    def check_model(self) -> None:
+        """Raise NormValueError for what only a loop of the user's may be asked; whether it is one its file tells."""
+        metric = self.metric
+        if metric is not None and metric not in GOALS and not is_reference(metric):
+            must = "`metric` must be a known one or file.py:name"
+            raise NormValueError(message(must, repr(metric), nearest(metric, tuple(GOALS))))
         for variant in self.variants:
-            if variant.over_batch and 1 in (self.batch_sizes or ()) and self.run is None:
+            if variant.over_batch and 1 in (self.batch_sizes or ()):
                 must = f"`{variant.label}` must see at least 2 samples per step, it takes statistics over the batch"
                 hint = "leave out batch size 1, or use layer or group"
                 raise NormValueError(message(must, "batch size 1", hint))
@@ -301,9 +310,9 @@ def _check_functions(config: Config) -> None:
 
 def _check_judging(config: Config) -> None:
     metric, goal, target = config.metric, config.goal, config.target
-    if metric is not None and config.run is None and metric not in GOALS and not is_reference(metric):
-        must = "`metric` must be a known one or file.py:name"
-        raise NormValueError(message(must, repr(metric), nearest(metric, tuple(GOALS))))
+    if metric is not None and config.run is not None and is_reference(metric):
+        must = "`metric` of a training loop must be the name of what it reports"
+        raise NormValueError(message(must, short(metric)))
     if goal not in (None, "min", "max"):
         raise NormValueError(message("`goal` must be min or max", repr(goal), nearest(str(goal), ("min", "max"))))
     if metric is not None and metric not in GOALS and goal is None:
@@ -326,9 +335,6 @@ def _check_framework(framework: str) -> None:
     if framework not in FRAMEWORKS:
         must = "`framework` must be a known one"
         raise NormValueError(message(must, repr(framework), nearest(framework, FRAMEWORKS)))
-    if framework != "torch":
-        must = "`framework` must be torch for now, training with the others is not available yet"
-        raise NormValueError(message(must, repr(framework), "use torch"))
 
 
 def _listed(name: str, values: Any, kind: type | tuple[type, ...]) -> tuple[Any, ...]:

@@ -128,11 +128,17 @@ class DatasetFeed(Feed):
             rows = np.setdiff1d(rows, held)
         self._train, self._kept = train, rows
         self.samples = len(rows)
-        x, _ = self._collated(train, rows[:1])
-        self.shape = x.shape[1:] if isinstance(x, np.ndarray) else None
-        targets = np.stack([np.asarray(_pair(name, train[int(row)])[1]) for row in rows])
-        self.classes, self.outputs, self.spread = _targets(targets)
-        self.fingerprint = _digest(targets, self.shape)
+        digest, targets = _Digest(name), []
+        for part in (train, *middle, *([] if last is None else [last])):
+            digest.part()
+            for row in range(len(part)):
+                x, y = _pair(name, part[row])
+                digest.add([x], [y])
+                if part is train:
+                    targets.append(np.asarray(y))
+        self.shape = digest.shape
+        self.classes, self.outputs, self.spread = _targets(np.stack(targets)[rows])
+        self.fingerprint = digest.text()
 
     def __str__(self) -> str:
         return f"{self.name}: {self.samples} samples for training"
@@ -170,7 +176,7 @@ class DatasetFeed(Feed):
 
 
 class LoaderFeed(Feed):
-    """Loaders that give batches (x, y), as PyTorch's. They shuffle with the global random numbers, which are seeded.
+    """Loaders that give batches (x, y), as PyTorch's. They shuffle with seeded random numbers, global or their own.
 
     `make(batch_size)` gives (train, validation) or (train, validation, test); without a test part the validation part
     is scored in its place. A pass over the training part counts its batches; every epoch must have as many.
@@ -180,25 +186,28 @@ class LoaderFeed(Feed):
         self.name, self._make, self._made = name, make, dict[int | None, Sequence[Any]]()
         self._counts: dict[int | None, int] = {}
         self._own = own
-        first = None
-        targets, sizes = [], []
-        for x, y in self._batches(self._parts(None)[0]):
-            first = x if first is None else first
-            targets.append(np.asarray(y))
-            if targets[-1].ndim == 0:
-                must = f"a batch of {name} must have a target for each of its samples"
-                raise NormValueError(message(must, "a single one", "lists are taken for batches (x, y)"))
-            sizes.append(len(targets[-1]))
-        if first is None:
+        digest, targets, sizes = _Digest(name), [], []
+        for number, loader in enumerate(self._parts(None)):
+            digest.part()
+            for x, y in self._batches(loader, 0):
+                y = np.asarray(y)
+                if y.ndim == 0:
+                    must = f"a batch of {name} must have a target for each of its samples"
+                    raise NormValueError(message(must, "a single one", "lists are taken for batches (x, y)"))
+                digest.add(x, y)
+                if number == 0:
+                    targets.append(y)
+                    sizes.append(len(y))
+        if not sizes:
             raise NormValueError(message(f"the training loader of {name} must give batches", "none"))
         self._counts[None] = len(sizes)
         self.own_batches = sizes[0] if own else None
         self.samples = sum(sizes)
         self.tested = len(self._parts(None)) > 2
-        self.shape = tuple(first.shape[1:]) if hasattr(first, "shape") else None
+        self.shape = digest.shape
         together = np.concatenate(targets) if len({target.shape[1:] for target in targets}) == 1 else None
         self.classes, self.outputs, self.spread = (None, None, None) if together is None else _targets(together)
-        self.fingerprint = _digest(None if together is None else np.sort(together, axis=0), self.shape)
+        self.fingerprint = digest.text()
 
     def __str__(self) -> str:
         return f"{self.name}: loaders, {self.samples} samples for training"
@@ -207,13 +216,13 @@ class LoaderFeed(Feed):
         """Batches of one pass over the training loader."""
         asked = None if self._own else batch_size
         if asked not in self._counts:
-            self._counts[asked] = sum(1 for _ in self._batches(self._parts(asked)[0]))
+            self._counts[asked] = sum(1 for _ in self._batches(self._parts(asked)[0], 0))
         return self._counts[asked]
 
     def batches(self, inputs: str, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:  # noqa: ARG002
         """Whatever the loader gives. Raises NormValueError where it gives another number of batches than before."""
         expected, count = self.steps(batch_size), 0
-        for batch in self._batches(self._parts(None if self._own else batch_size)[0]):
+        for batch in self._batches(self._parts(None if self._own else batch_size)[0], seed + 1000 * (epoch + 1)):
             count += 1
             if count <= expected:
                 yield batch
@@ -234,13 +243,18 @@ class LoaderFeed(Feed):
 
     def _some(self, number: int, part: str) -> Iterator[Batch]:
         empty = True
-        for batch in self._batches(self._parts(next(iter(self._made)))[number]):
+        for batch in self._batches(self._parts(next(iter(self._made)))[number], 0):
             empty = False
             yield batch
         if empty:
             raise NormValueError(message(f"the {part} loader of {self.name} must give batches", "none"))
 
-    def _batches(self, loader: Any) -> Iterator[Batch]:
+    def _batches(self, loader: Any, seed: int) -> Iterator[Batch]:
+        # A loader with random numbers of its own would go on from trial to trial.
+        for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+            generator: Any = getattr(owner, "generator", None)
+            if hasattr(generator, "manual_seed"):
+                generator.manual_seed(seed)
         for batch in loader:
             yield _pair(self.name, batch)
 
@@ -332,8 +346,32 @@ def _spread(y: NDArray[Any]) -> tuple[float, float]:
     return float(y.var(axis=0).mean()), float(np.abs(y - np.median(y, axis=0)).mean())
 
 
-def _digest(targets: NDArray[Any] | None, shape: tuple[int, ...] | None) -> str:
-    digest = hashlib.sha256(repr(shape).encode())
-    if targets is not None:
-        digest.update(repr((targets.shape, targets.dtype.str)).encode() + np.ascontiguousarray(targets).tobytes())
-    return digest.hexdigest()[:16]
+class _Digest:
+    """A hash of all samples, whatever their order in each part, since loaders shuffle. Refuses values like NaN."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.shape: tuple[int, ...] | None = None  # of a sample, None where samples are no arrays
+        self._sums: list[int] = []
+
+    def part(self) -> None:
+        """Another part begins."""
+        self._sums.append(0)
+
+    def add(self, xs: Any, ys: Any) -> None:
+        """Count samples in."""
+        if not (isinstance(xs, list) or hasattr(xs, "shape")):
+            xs = [repr(type(xs))] * len(ys)  # a mapping of arrays, or the like: only the targets tell
+        for x, y in zip(xs, ys, strict=False):
+            digest = hashlib.sha256()
+            for array in (np.asarray(x), np.asarray(y)):
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    must = f"samples of {self.name} must be finite"
+                    raise NormValueError(message(must, f"{array[~np.isfinite(array)].flat[0]}"))
+                digest.update(repr((array.shape, array.dtype.str)).encode() + array.tobytes())
+            self._sums[-1] += int.from_bytes(digest.digest()[:8], "little")
+            self.shape = np.shape(x) if np.ndim(x) else None
+
+    def text(self) -> str:
+        """Sixteen hexadecimal digits."""
+        return hashlib.sha256(repr((self.shape, self._sums)).encode()).hexdigest()[:16]

@@ -28,14 +28,15 @@ class Estimate(NamedTuple):
 def estimate(values: Sequence[float], resolution: float = 0.0, examples: NDArray[Any] | None = None) -> Estimate:
     """The mean of one value per seed: mean ± t se, with df degrees of freedom.
 
-    Up to 9 seeds se^2 = s^2 / n and df = n - 1, where s is the standard deviation between the seeds. From 10 seeds on,
-    and with the values of each test example (`examples`, n x m), other test examples might have been drawn as well::
+    Without examples se^2 = s^2 / n and df = n - 1, where s is the standard deviation between the seeds. With the values
+    of each test example (`examples`, n x m) it counts that others might have been drawn as well::
 
         se^2 = V_seeds + V_examples - V_both,  V_seeds = var(row means) / n,  V_examples = var(column means) / m,
         V_both = var(residuals of rows and columns) / (n m)
 
     which is the variance that resampling seeds and examples independently would show, without counting the part that
-    both share twice; df after Satterthwaite.
+    both share twice. From 10 seeds on df is Satterthwaite's; with fewer their share is too uncertain for that, and df
+    stays n - 1.
 
     `resolution` is the grid that values lie on (an accuracy on m examples: 1/m): rounding to it adds resolution^2 / 12
     to the variance, so that a few seeds that happen to agree do not pass for certainty. Intervals need 3 seeds.
@@ -48,10 +49,10 @@ def estimate(values: Sequence[float], resolution: float = 0.0, examples: NDArray
         return Estimate(mean)
     variance = (float(data.var(ddof=1)) + resolution**2 / 12) / n
     df = n - 1.0
-    if examples is not None and n >= ENOUGH_FOR_EXAMPLES and examples.shape[1] > 1:
+    if examples is not None and examples.shape[1] > 1:
         sampling = _of_examples(np.asarray(examples, dtype=np.float64))
         both = variance + sampling
-        if sampling > 0:
+        if sampling > 0 and n >= ENOUGH_FOR_EXAMPLES:
             df = both**2 / (variance**2 / (n - 1) + sampling**2 / (examples.shape[1] - 1))
         variance = both
     if variance == 0:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import numbers
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from normkit.errors import NormTypeError, NormValueError, message
@@ -18,8 +21,8 @@ from normkit.experiments.results import Evaluation, TrialResult
 __all__ = ["NormChoice", "Trial", "run_loop"]
 
 
-class _DivergedError(Exception):
-    """Ends a loop that reported a value that is not finite."""
+class _DivergedError(BaseException):
+    """Ends a loop that reported a value that is not finite; not an Exception, which loops catch."""
 
 
 class NormChoice:
@@ -130,11 +133,8 @@ def run_loop(
     trial = Trial(config, norm, metric)
     label = config.model
     returned = None
-    try:
+    with contextlib.suppress(_DivergedError):
         returned = call(label, train, trial)
-    except NormValueError as error:
-        if not isinstance(error.__cause__, _DivergedError):
-            raise
     peak, curve = memory.bytes(), tuple(trial._curve)
     diverged = trial._diverged_at is not None
     final = None if diverged or returned is None else _returned(trial, returned, label)
@@ -160,10 +160,17 @@ def run_loop(
         diverged=diverged,
         final=None if diverged else curve[-1].metric if final is None else final,
         tested=final is not None,
-        step_seconds=seconds / steps if steps else None,
+        step_seconds=_step_seconds(curve),
         peak_memory=peak,
         versions=(),
     )
+
+
+def _step_seconds(curve: Sequence[Evaluation]) -> float | None:
+    """Median time of a step between two reports, evaluation included; the first report has the set-up before it."""
+    pairs = itertools.pairwise(curve)
+    times = [(later.seconds - earlier.seconds) / (later.step - earlier.step) for earlier, later in pairs]
+    return statistics.median(times) if times else None
 
 
 def _returned(trial: Trial, returned: Any, label: str) -> float:

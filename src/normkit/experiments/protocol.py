@@ -111,6 +111,9 @@ class Training(Protocol):
     def versions(self) -> dict[str, str]:
         """Names and versions of what trains."""
 
+    def remarks(self, steps: int) -> tuple[str, ...]:
+        """What a reader should know of trainings of so many steps with this framework, in sentences."""
+
 
 def training(framework: str) -> Training:
     """The training module of a framework. Raises MissingExtraError where the framework is not installed."""

@@ -7,13 +7,15 @@ stays here.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from normkit.errors import NormTypeError, NormValueError, message
-from normkit.experiments.code import Code, takes
+from normkit.errors import NormError, NormRuntimeError, NormTypeError, NormValueError, message
+from normkit.experiments.code import Code, files_of_the_user, takes
 from normkit.experiments.config import GOALS, MOMENTUM, NORMS, Config, Task, TrialConfig, Variant, bare, short
 from normkit.experiments.data import DEFAULT_DATA, Dataset
 from normkit.experiments.feeds import ArrayFeed, DatasetFeed, Feed, feed_for
@@ -31,11 +33,16 @@ _BATCH_SIZES = (32,)
 
 
 class Job(NamedTuple):
-    """The question as it travels to a worker; `code` holds what stands behind each name of the user's in it."""
+    """The question as it travels to a worker.
+
+    `code` holds what stands behind each name of the user's in it; `files` the user's files that planning it loaded,
+    with a hash of each, empty before.
+    """
 
     config: Config
     data: Dataset | None
     code: dict[str, Code]
+    files: dict[str, str] = {}  # noqa: RUF012  # never written to
 
 
 class Plan(NamedTuple):
@@ -65,8 +72,12 @@ class Session:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._prints: dict[str, str] = {}  # fingerprints of what was loaded
+        self._values: dict[str, Any] = {}  # what was loaded: once, so that a file may be edited meanwhile
         self._feed: Feed | None = None
+        for file, digest in job.files.items():
+            if not Path(file).is_file() or hashlib.sha256(Path(file).read_bytes()).hexdigest() != digest:
+                must = f"{Path(file).name} must stay as it is while trials are run"
+                raise NormRuntimeError(message(must, "a change", "run the same command again"))
 
     @cached_property
     def training(self) -> Training:
@@ -112,10 +123,11 @@ class Session:
             task = Task(config.metric, goal, _target(config, config.metric))
         self.job = self.job._replace(config=config)
         versions = self.training.versions() if self._framework_is_there() else {}
-        trials = tuple(config.trials(self._fingerprint("run"), ""))
+        trials = tuple(config.trials(self._fingerprint(), ""))
         return Plan(self.job, task, "", trials, {}, (), versions)
 
     def _plan_model(self) -> Plan:
+        self.job.config.check_model()
         feed, config, notes = self._fed(), self.job.config, []
         loss = config.loss or ("cross_entropy" if feed.classes else "mse")
         if loss == "cross_entropy" and feed.classes is None and feed.spread is not None:
@@ -163,13 +175,14 @@ class Session:
             notes.append("There is no test part: the validation part that chose the rates is reported in its place.")
         elif isinstance(feed, DatasetFeed) and feed.held_out:
             notes.append("A random fifth of the training samples chose the rates.")
+        notes += self.training.remarks(config.epochs * min(feed.steps(size) for size in sizes))
         spread = feed.spread or (None, None)
         surprise = math.log(feed.classes) if feed.classes else None
         guess = {"cross_entropy": surprise, "mse": spread[0], "mae": spread[1]}.get(loss)
         chances = {"accuracy": 1 / feed.classes if feed.classes else None, "loss": guess}
         task = Task(bare(metric), config.goal or "max", config.target, guess, chances.get(metric))
-        code = [self._fingerprint(name) for name in ("model", "loss", "optimizer", "metric")]
-        trials = tuple(config.trials("-".join(filter(None, code)), self._prints.get("data", "") + feed.fingerprint))
+        data = f"{short(config.data or '')} {feed.fingerprint}"
+        trials = tuple(config.trials(self._fingerprint(), data))
         words = {
             "loss": _LOSSES.get(loss, short(loss)),
             "optimizer": _OPTIMIZERS.get(str(config.optimizer), short(str(config.optimizer))),
@@ -205,6 +218,11 @@ class Session:
             trainer.evaluate([next(iter(feed.validation(trial.inputs)))])
         except NormValueError as error:
             raise NormValueError(f"`{norm}` cannot be used in {config.subject}: {error}") from error
+        except NormError:
+            raise
+        except Exception as error:  # of the network on this data: a wrong width, a missing nn.Flatten
+            must = f"{config.subject} must take a step on this data"
+            raise NormValueError(message(must, f"{type(error).__name__}: {error}".splitlines()[0])) from error
 
     def _recipe(self) -> Recipe:
         config = self.job.config
@@ -217,18 +235,23 @@ class Session:
         text = getattr(self.job.config, name)
         if text not in self.job.code:
             return text
-        value = self._loaded(name, text)
+        value = self._loaded(text)
         if not isinstance(value, Callable):  # type: ignore[arg-type]
             raise NormTypeError(message(f"{text} must be a function", type(value).__name__))
         return value
 
-    def _loaded(self, name: str, text: str) -> Any:
-        guard = self.training.no_training if self._framework_is_there() else None
-        value, self._prints[name] = self.job.code[text].load(guard)
-        return value
+    def _loaded(self, text: str) -> Any:
+        if text not in self._values:
+            guard = self.training.no_training if self._framework_is_there() else None
+            self._values[text] = self.job.code[text].load(guard)
+        return self._values[text]
 
-    def _fingerprint(self, name: str) -> str:
-        return self._prints.get(name, "")
+    def _fingerprint(self) -> str:
+        """Of all code of the user's that is loaded by now; what a function will import later is not seen."""
+        self.job = self.job._replace(files=files_of_the_user())
+        found = sorted((Path(file).name, digest) for file, digest in self.job.files.items())
+        found += sorted((code.label, code.fingerprint) for code in self.job.code.values() if code.pickled)
+        return hashlib.sha256(repr(found).encode()).hexdigest()[:16] if found else ""
 
     def _fed(self) -> Feed:
         if self._feed is None:
@@ -236,7 +259,8 @@ class Session:
             data: Any = self.job.data
             if data is None:
                 assert config.data is not None
-                data = self._loaded("data", config.data)
+                data = self._loaded(config.data)
+            seed_everything(0, self.training)  # what is drawn while the data is read has the same fingerprint each time
             self._feed = feed_for(short(config.data or DEFAULT_DATA), data, config.loss, config.batch_sizes)
         return self._feed
 

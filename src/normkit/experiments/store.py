@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -29,10 +30,15 @@ from normkit.errors import MissingExtraError, NormError, NormRuntimeError, messa
 from normkit.experiments.config import TrialConfig
 from normkit.experiments.results import TrialResult
 
-__all__ = ["Store", "plain"]
+__all__ = ["Store", "hidden", "plain"]
 
 _PATIENCE = timedelta(hours=1)  # with a trial of another machine; to run one again by mistake costs only time
 _BUSY = 60  # seconds that one process waits for another to let go of an SQLite file
+
+
+def hidden(text: str) -> str:
+    """A storage URL, or what was said of one, without the password."""
+    return re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", text)
 
 
 def plain(result: TrialResult) -> TrialResult:
@@ -62,7 +68,7 @@ class Store:
             raise MissingExtraError(message(must, hint="pip install 'normkit[lab]'")) from error
         self._optuna, self._filelock = optuna, filelock
         self._url, self._claims = url, dict[int, str]()
-        locks = (folder or Path(tempfile.gettempdir())) / ".normkit-locks"
+        locks = (folder or Path(tempfile.gettempdir())).absolute() / ".normkit-locks"
         self._lock = locks / f"{os.getpid()}-{secrets.token_hex(4)}.lock"
         self._held = filelock.FileLock(self._lock)
         try:
@@ -268,7 +274,8 @@ class Store:
             raise
         except Exception as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            where = self._url or str(self._lock.parent)
+            where = hidden(self._url or str(self._lock.parent))
+            reason = hidden(reason)
             must = f"the trials must be {done} in {where}"
             hint = "make room or mend the connection, then run the same command again: finished trials are kept"
             raise NormRuntimeError(message(must, reason, hint)) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.errors import NormTypeError, NormValueError, message
-from normkit.experiments.code import Code, takes, told_when_imported
+from normkit.experiments.code import Code, refuse_when_imported, takes
 from normkit.experiments.comparison import Comparison
 from normkit.experiments.config import GOALS, Config, Task, is_reference
 from normkit.experiments.data import DEFAULT_DATA, Dataset, from_arrays, is_arrays, load
@@ -101,8 +101,7 @@ def compare(
         >>> result = normkit.compare("mlp", norms=("none", "batch"), lrs=(0.03,), seeds=1)  # doctest: +SKIP
         >>> print(result)  # doctest: +SKIP
     """
-    with told_when_imported("normkit.compare"):
-        pass
+    refuse_when_imported("normkit.compare")
     code: dict[str, Code] = {}
     if callable(model) and takes(model, "trial") and not takes(model, "norm"):
         model, run = None, model
@@ -237,7 +236,7 @@ def _text(value: Any, code: dict[str, Code]) -> str | None:
     """The name of a function or object in the question; `code` gets what stands behind it."""
     if value is None or isinstance(value, str):
         if value is not None and is_reference(value):
-            code[value] = Code(value)
+            code[value] = Code.named(value)
         return value
     if isinstance(value, os.PathLike):
         raise NormTypeError(message("a function must be named as file.py:name", os.fspath(value)))

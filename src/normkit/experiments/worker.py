@@ -14,10 +14,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from normkit.errors import NormError
-from normkit.experiments.session import Job, Session
+from normkit.experiments.session import Session
 
 __all__ = ["PLAN", "Failure", "main"]
 
@@ -39,14 +40,19 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed must not get between the answers
-    questions = sys.stdin.buffer
+    questions = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    with Path(os.devnull).open() as nothing:  # code that asks for input finds none, instead of our questions
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
     try:
         job = pickle.load(questions)
-        assert isinstance(job, Job)
-        session = Session(job)
+        session: Session | None = None
         while True:
             question = pickle.load(questions)
-            answer = _answer(session.plan) if question == PLAN else _answer(session.run, question)
+            if session is None:
+                answer = _answer(Session, job)
+                session = answer if isinstance(answer, Session) else None
+            if session is not None:
+                answer = _answer(session.plan) if question == PLAN else _answer(session.run, question)
             pickle.dump(answer, answers)
             answers.flush()
     except (EOFError, BrokenPipeError):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from normkit.experiments.analysis import Difference, Group, VariantSummary
 from normkit.experiments.config import MODELS, Task
-from normkit.experiments.inference import ENOUGH_FOR_EXAMPLES
 
 if TYPE_CHECKING:
     from normkit.experiments.comparison import Comparison
@@ -125,7 +124,9 @@ def validation_name(comparison: Comparison) -> str:
 
 def final_name(comparison: Comparison) -> str:
     """What it is measured on after training: `test accuracy`, or `last reported rmse` where nothing was tested."""
-    return f"{'test' if _tested(comparison) else 'last reported'} {comparison.task.metric}"
+    if _tested(comparison):
+        return f"test {comparison.task.metric}"
+    return f"{'last reported' if comparison.config.run else 'validation'} {comparison.task.metric}"
 
 
 def setting(comparison: Comparison, group: Group) -> str:
@@ -171,7 +172,7 @@ def finding(comparison: Comparison, group: Group) -> str:
     if not others:
         return f"use {base.norm}: every other variant {_LOST}; {base.variant.words}: {_measured(comparison, base)}."
     if all(difference.p is None for difference in group.against_baseline):
-        return _undecided(comparison, base, others[0])
+        return _undecided(comparison, base, able)
     best_ones = recommended(group, task)
     if best_ones:
         return _recommendation(comparison, group, best_ones)
@@ -193,7 +194,7 @@ def caveats(comparison: Comparison) -> list[str]:
     elif any(group.against_baseline or group.pairs for group in comparison.groups):
         drawn = ", with the choice of test examples counted in" if _counts_examples(comparison) else ""
         said.append(f"{seeds} seeds; differences are {judged}{drawn}.")
-    if not _tested(comparison):
+    if not _tested(comparison) and comparison.config.run:
         said.append(
             f"no test value was returned: the last report stands for it, so the {comparison.task.metric} that chose "
             "the rate is also the one reported, which flatters every variant."
@@ -268,16 +269,19 @@ def _no_help(comparison: Comparison, group: Group, others: list[VariantSummary])
     return "; ".join([*parts, *_worse(comparison, group)]) + "."
 
 
-def _undecided(comparison: Comparison, base: VariantSummary, first: VariantSummary) -> str:
-    """Too few seeds for a difference: what was measured, and no advice."""
-    task, name = comparison.task, base.variant.words
+def _undecided(comparison: Comparison, base: VariantSummary, able: Sequence[VariantSummary]) -> str:
+    """Too few seeds for a difference: what was measured, and no advice. `able` begins with the best."""
+    task, first = comparison.task, able[0]
+    other = base if first is not base else able[1]
+    beside = other.variant.words if first is not base else f"next {other.variant.words}"
     if first.all_reached:
-        shown = f"{_after(task, first)} with {first.variant.words}, the fewest ({name}: {_steps(base)}{_few(base)})"
+        shown = f"{_after(task, first)} with {first.variant.words}, the fewest ({beside}: {_steps(other)}{_few(other)})"
     else:
         shown = f"best {validation_name(comparison)} {_metric(comparison, first.mean_validation)} with "
-        shown += f"{first.variant.words} ({name}: {_metric(comparison, base.mean_validation)})"
-    ends = f"final {task.metric} {_final(comparison, first)} ({name}: {_final(comparison, base)})"
-    return f"as measured, {shown}; {_rates(first, base)}; {ends}."
+        shown += f"{first.variant.words} ({beside}: {_metric(comparison, other.mean_validation)})"
+    ends = f"final {task.metric} {_final(comparison, first)} ({other.variant.words}: {_final(comparison, other)})"
+    rates = _rates(first, base) if first is not base else _rates(first)
+    return f"as measured, {shown}; {rates}; {ends}."
 
 
 def _measured(comparison: Comparison, variant: VariantSummary) -> str:
@@ -295,7 +299,7 @@ def _worse(comparison: Comparison, group: Group) -> list[str]:
         against = _verdict(group, variant, comparison.task)[1]
         if against:
             found.append(f"{variant.norm} ({', '.join(named[difference.quantity] for difference in against)})")
-    parts = [f"surely worse than {group.baseline.variant.words}: {', '.join(found)}"] if found else []
+    parts = [f"worse beyond chance than {group.baseline.variant.words}: {', '.join(found)}"] if found else []
     lost = [variant for variant in group.variants if variant.best_lr is None]
     return [*parts, f"{_norms(lost)} {_LOST}"] if lost else parts
 
@@ -332,14 +336,19 @@ def _spared(best: VariantSummary, base: VariantSummary, *, sooner: bool) -> list
     return [f"{spared}{link} {cost}" if cost else spared]
 
 
+def _ended(comparison: Comparison) -> str:
+    """What a variant is finally judged by, in a word or two."""
+    if _tested(comparison):
+        return "test"
+    return "last report" if comparison.config.run else "at the end"
+
+
 def _tested(comparison: Comparison) -> bool:
     return all(trial.tested for trial in comparison.trials)
 
 
 def _counts_examples(comparison: Comparison) -> bool:
-    return comparison.config.seeds >= ENOUGH_FOR_EXAMPLES and all(
-        trial.examples for trial in comparison.trials if not trial.diverged
-    )
+    return all(trial.examples for trial in comparison.trials if not trial.diverged)
 
 
 # ---- tables
@@ -365,7 +374,7 @@ def table(comparison: Comparison, group: Group, *, whole: bool = False) -> Table
             f"{'reported' if comparison.config.run else 'validation'} {unit}",
             lambda v: _metric(comparison, v.mean_validation),
         ),
-        ("final", f"{'test' if _tested(comparison) else 'last report'} {unit}", lambda v: _final_cell(task, v)),
+        ("final", f"{_ended(comparison)} {unit}", lambda v: _final_cell(task, v)),
     ]
     if whole:
         columns += [

@@ -16,7 +16,7 @@ from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.torch import layers
 
-__all__ = ["Anywhere", "NormFactory", "norm_factory", "norm_layer"]
+__all__ = ["ANYWHERE", "Anywhere", "NormFactory", "norm_factory", "norm_layer"]
 
 # In a short run the running statistics must follow within it, and before the clips of renorm open.
 _RENORM_MOMENTUM = 0.05
@@ -50,7 +50,7 @@ def norm_layer(
     last = spatial == 0 or axis == -1
 
     def family(kind: str) -> Callable[..., nn.Module]:
-        return _ANYWHERE[kind] if spatial is None else getattr(layers, f"{kind}{max(1, spatial)}d")
+        return ANYWHERE[kind] if spatial is None else getattr(layers, f"{kind}{max(1, spatial)}d")
 
     makers: dict[str, Callable[[], nn.Module]] = {
         "batch": lambda: family("BatchNorm")(num_features),
@@ -167,11 +167,11 @@ class Anywhere(nn.Module):
 
     _dims: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
     axis = 1
-    weight: nn.Parameter
+    num_features: int
 
     def _run(self, input: Tensor, **options: Any) -> Tensor:
         run = super()._run  # type: ignore[misc]  # of the layer behind this class
-        channels, other = len(self.weight), -self.axis
+        channels, other = self._channels(), -self.axis
         if input.dim() > 2 and input.shape[self.axis] != channels and input.shape[other] == channels:
             must = f"{type(self).__name__}: the channels must be on axis {self.axis}"
             raise NormValueError(message(must, f"shape {tuple(input.shape)}", f"norm({channels}, axis={other})"))
@@ -179,6 +179,9 @@ class Anywhere(nn.Module):
             return run(input, **options)
         # Contiguous, since code around the norms of a transformer calls view().
         return run(input.movedim(-1, 1), **options).movedim(1, -1).contiguous()
+
+    def _channels(self) -> int:
+        return self.num_features
 
     def extra_repr(self) -> str:
         """What torch prints of a layer."""
@@ -218,6 +221,9 @@ class GroupNorm(Anywhere, layers.GroupNorm):
             self.num_groups = groups
         return super()._run(input, **options)
 
+    def _channels(self) -> int:
+        return self.num_channels
+
 
 def _groups(channels: int, *, spatial: bool) -> int:
     # A group of few values keeps next to nothing of them: mean and variance are gone, and on a table nothing else is
@@ -230,4 +236,4 @@ def _no_positions(name: str, got: str) -> NormValueError:
 
 
 _ARGUMENTS = {"num_features": Integer(1), "spatial": Integer(0)}
-_ANYWHERE = {kind.__name__: kind for kind in (BatchNorm, GhostBatchNorm, BatchRenorm, InstanceNorm)}
+ANYWHERE = {kind.__name__: kind for kind in (BatchNorm, GhostBatchNorm, BatchRenorm, InstanceNorm)}

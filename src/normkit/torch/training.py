@@ -21,7 +21,17 @@ from normkit.torch.probe import as_tensors, check_sized, forward, probe, untouch
 if TYPE_CHECKING:
     from normkit.experiments.protocol import Batch, Scores, Setup, SiteValues
 
-__all__ = ["TorchTrainer", "limit_threads", "no_training", "norm_factory", "probe", "seed", "trainer", "versions"]
+__all__ = [
+    "TorchTrainer",
+    "limit_threads",
+    "no_training",
+    "norm_factory",
+    "probe",
+    "remarks",
+    "seed",
+    "trainer",
+    "versions",
+]
 
 
 class TorchTrainer:
@@ -187,3 +197,8 @@ def _size(targets: Any) -> int:
     if isinstance(targets, Mapping | tuple):
         return _size(next(iter(targets.values() if isinstance(targets, Mapping) else targets)))
     return len(targets)
+
+
+def remarks(steps: int) -> tuple[str, ...]:  # noqa: ARG001  # other frameworks' first statistics last longer
+    """What a reader should know of trainings of so many steps: nothing, torch's momentum forgets within a few tens."""
+    return ()
