@@ -32,7 +32,3 @@ def train(trial):  # was: def train():
         with torch.no_grad():
             loss = F.mse_loss(model(x[test])[:, 0], y[test])
         trial.report(epoch, loss=loss)  # was: print(epoch, loss.item())
-
-
-if __name__ == "__main__":
-    train()

@@ -30,8 +30,8 @@ def lines():
 
 
 def original():
-    """The script before it went through compare."""
-    return "\n".join(re.sub(r"\S.*  # was: (.*)", r"\1", line) for line in lines()) + "\n"
+    """The script before it went through compare, which calls its function now."""
+    return "\n".join([*(re.sub(r"\S.*  # was: (.*)", r"\1", line) for line in lines()), "", "", "train()", ""])
 
 
 def test_three_lines_of_a_script_change_and_the_readme_shows_them():
