@@ -13,6 +13,8 @@ BUDGETS = {
     "core": 60,
     "torch": 240,
     "conformance": 240,
+    "keras": 360,
+    "nnx": 120,
     "experiments": 300,
     "report": 60,
     "cli": 60,

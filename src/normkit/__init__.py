@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from normkit.errors import NormError as NormError
     from normkit.experiments import compare as compare
     from normkit.experiments.activations import activations as activations
+    from normkit.surgery.conversion import port as port
+    from normkit.surgery.recalibration import recalibrate as recalibrate
 
 __version__ = "0.1.0"
 
@@ -23,6 +25,8 @@ _HOME = {
     "activations": "normkit.experiments.activations",
     "compare": "normkit.experiments",
     "groups_for": "normkit.core.algebra",
+    "port": "normkit.surgery.conversion",
+    "recalibrate": "normkit.surgery.recalibration",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -1,0 +1,1 @@
+"""Changes of existing models. Models are read and rebuilt by each framework's own module; rules and plans live here."""

@@ -1,0 +1,5 @@
+"""The cases run in a process for each backend, started by `test_backends.py`."""
+
+import os
+
+collect_ignore_glob = [] if "NORMKIT_KERAS_CASES" in os.environ else ["cases/*"]

@@ -1,0 +1,93 @@
+"""Within PyTorch; between the frameworks see tests/keras/cases and tests/nnx."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from trained_layers import LAYERS, named, trained
+
+import normkit
+from normkit import torch as ours
+from normkit.core.record import NormRecord
+from normkit.errors import NormError
+from normkit.torch.porting import read
+
+MORE = [
+    (nn.BatchNorm2d(6, track_running_stats=False), (8, 6, 3, 3)),
+    (nn.InstanceNorm1d(6, track_running_stats=True), (8, 6, 5)),
+    (nn.LayerNorm((3, 6), bias=False), (8, 3, 6)),
+    (ours.LayerNorm2d(6), (8, 6, 3, 3)),
+    (ours.RMSNorm(6, gain="1+w"), (8, 6)),
+    (ours.RMSNorm2d(6), (8, 6, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), [*LAYERS, *MORE], ids=named)
+def test_a_layer_and_its_port_evaluate_alike(layer, shape):
+    layer = trained(layer, shape)
+    again = normkit.port(layer, to="torch")
+    x = 2 + 3 * torch.randn(shape)
+    torch.testing.assert_close(again.eval()(x), layer(x), rtol=1e-6, atol=1e-6)
+    assert type(again).__module__.startswith("normkit.") or isinstance(again, type(layer))
+    mine, theirs = read(layer), read(again)
+    for name in ("kind", "shape", "eps", "groups", "virtual_batch_size", "rate", "bessel", "gain", "count"):
+        assert getattr(mine, name) == getattr(theirs, name), name
+
+
+def test_a_model_gives_a_layer_for_each_path_and_receives_values():
+    source = nn.Sequential(nn.Conv2d(3, 6, 3), trained(nn.BatchNorm2d(6), (8, 6, 3, 3)), nn.GroupNorm(2, 6))
+    ported = normkit.port(source, to="torch")
+    assert list(ported) == ["1", "2"]
+    receiver = nn.Sequential(ours.BatchNorm2d(6), nn.ReLU(), ours.GroupNorm(2, 6))
+    assert normkit.port(source, to=receiver) is receiver
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(receiver[0], name), getattr(source[1], name))
+
+
+@pytest.mark.parametrize(
+    ("receiver", "said"),
+    [
+        (nn.Sequential(nn.BatchNorm2d(6), nn.BatchNorm2d(6)), "same number of norm layers, at least one; got 1 and 2"),
+        (nn.Sequential(nn.BatchNorm2d(5)), r"must match in kind.*got batch norm of 6 \(0\) and batch norm of 5 \(0\)"),
+        (nn.Sequential(nn.GroupNorm(2, 6)), "batch norm of 6 .* and group norm of 6"),
+        (nn.Sequential(nn.BatchNorm2d(6, affine=False)), "must match in kind"),
+        (nn.Sequential(nn.BatchNorm2d(6, eps=1e-3)), r"same eps.*got 1e-05 .* and 0\.001"),
+    ],
+)
+def test_models_that_do_not_match_are_refused_and_left_alone(receiver, said):
+    source = nn.Sequential(trained(nn.BatchNorm2d(6), (8, 6, 3, 3)))
+    kept = {name: value.clone() for name, value in receiver.state_dict().items()}
+    with pytest.raises(NormError, match=said):
+        normkit.port(source, to=receiver)
+    assert all(value.equal(kept[name]) for name, value in receiver.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "to", "options", "said"),
+    [
+        (nn.BatchNorm2d(6), "tensorflow", {}, "a framework must be a known one; got 'tensorflow'"),
+        (nn.Linear(3, 3), "torch", {}, "must hold norm layers to be ported; got Linear"),
+        (3, "torch", {}, "a model must be a torch.nn.Module"),
+        (nn.BatchNorm2d(6), "torch", {"axis": 2}, "`axis` must be 1 or -1; got 2"),
+        (nn.LayerNorm((3, 4)), "torch", {"axis": 1}, "must have them last"),
+        (nn.GroupNorm(2, 6), "torch", {"axis": -1}, "channels on axis 1"),
+        (nn.BatchNorm2d(6), nn.BatchNorm2d(6), {"axis": 1}, "must be left out"),
+    ],
+)
+def test_what_cannot_be_ported(model, to, options, said):
+    with pytest.raises(NormError, match=said):
+        normkit.port(model, to=to, **options)
+
+
+def test_channels_may_move():
+    layer = trained(nn.BatchNorm2d(6), (8, 6, 3, 3))
+    x = torch.randn(8, 6, 3, 3)
+    last = normkit.port(layer, to="torch", axis=-1).eval()
+    torch.testing.assert_close(last(x.movedim(1, -1)).movedim(-1, 1), layer(x))
+
+
+def test_a_kept_standard_deviation_and_a_variance_are_one_thing():
+    record = NormRecord("renorm", (2,), 1, 1e-3, kept={"mean": np.zeros(2), "std": np.array([1.0, 2.0])})
+    np.testing.assert_allclose(record.variance(), [0.999, 3.999])
+    again = NormRecord("batch", (2,), 1, 1e-3, kept={"mean": np.zeros(2), "var": record.variance()})
+    np.testing.assert_allclose(again.deviation(), [1.0, 2.0])
