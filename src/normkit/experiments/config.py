@@ -218,9 +218,9 @@ class Config:
             object.__setattr__(self, "inputs", _once("inputs", inputs))
         _at_least_one("`seeds`", self.seeds)
         _at_least_one("`epochs`", self.epochs)
-        _check_judging(self)
         if self.run is None and not is_reference(self.model or ""):
             self.check_model()
+        _check_judging(self)
 
     def check_model(self) -> None:
         """Raise NormValueError for what only a loop of the user's may be asked; whether it is one its file tells."""

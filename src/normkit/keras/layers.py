@@ -345,8 +345,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         moving = {"mean": self.moving_mean, "std": self.moving_stddev}
         correcting = {"mean": self.renorm_mean, "std": self.renorm_stddev}
         groups = [(moving, rate), (correcting, 1.0 - self.renorm_momentum)]
+        before = self.moving_stddev + 0.0
         keep(spec, p, moments, groups, self.count, **options)
-        self.moving_variance.assign(ops.relu(ops.square(self.moving_stddev) - self.epsilon))
+        variance = ops.relu(ops.square(self.moving_stddev) - self.epsilon)
+        # Before the first update it is 1 as the deviation is, and a batch that was skipped leaves it so.
+        self.moving_variance.assign(ops.where(self.moving_stddev == before, self.moving_variance, variance))
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this layer again."""
@@ -371,12 +374,22 @@ def _schedule(layer: Any, given: RenormSchedule | Mapping[str, Any] | None) -> R
     return RenormSchedule(**given)
 
 
-@_register
-class BatchRenormalization(BatchNormalization):
-    """Batch renormalization (arXiv:1702.03275): :class:`BatchNormalization` with `renorm=True` and a schedule.
+def BatchRenormalization(  # noqa: N802
+    axis: int = -1,
+    momentum: float | None = 0.99,
+    epsilon: float = 1e-3,
+    center: bool = True,
+    scale: bool = True,
+    *,
+    renorm_schedule: RenormSchedule | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> BatchNormalization:
+    """Batch renormalization (arXiv:1702.03275): a :class:`BatchNormalization` with `renorm=True` and a schedule.
 
-    Formula, shapes, training, evaluation and first values stand there; the weights are the same, so they move between
-    the two.
+    The layer *is* a BatchNormalization: formula, training, evaluation and first values stand there. So files of weights
+    can be exchanged, in which Keras calls a layer by its class.
+
+    Shapes: input of two axes or more with C channels on `axis`, output the same; weights (C,).
 
     Args:
         axis, momentum, epsilon, center, scale: as there.
@@ -393,30 +406,28 @@ class BatchRenormalization(BatchNormalization):
     >>> tuple(layer(keras.ops.ones((8, 4)), training=True).shape)
     (8, 4)
     """
-
-    def __init__(
-        self,
-        axis: int = -1,
-        momentum: float | None = 0.99,
-        epsilon: float = 1e-3,
-        center: bool = True,
-        scale: bool = True,
-        *,
-        renorm_schedule: RenormSchedule | Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        kwargs = {"renorm": True, **kwargs}
-        if renorm_schedule is None and not kwargs.get("renorm_clipping"):
-            renorm_schedule = RenormSchedule()
-        super().__init__(axis, momentum, epsilon, center, scale, renorm_schedule=renorm_schedule, **kwargs)
+    if renorm_schedule is None and not kwargs.get("renorm_clipping"):
+        renorm_schedule = RenormSchedule()
+    kwargs = {"renorm": True, "renorm_schedule": renorm_schedule, **kwargs}
+    return BatchNormalization(axis, momentum, epsilon, center, scale, **kwargs)
 
 
-@_register
-class GhostBatchNormalization(BatchNormalization):
-    """Ghost batch normalization (arXiv:1705.08741): :class:`BatchNormalization` with a `virtual_batch_size`.
+def GhostBatchNormalization(  # noqa: N802
+    axis: int = -1,
+    momentum: float | None = 0.99,
+    epsilon: float = 1e-3,
+    center: bool = True,
+    scale: bool = True,
+    *,
+    virtual_batch_size: int = 32,
+    **kwargs: Any,
+) -> BatchNormalization:
+    """Ghost batch normalization (arXiv:1705.08741): a :class:`BatchNormalization` with a `virtual_batch_size`.
 
-    Formula, shapes, training, evaluation and first values stand there; the weights are the same, so they move between
-    the two.
+    The layer *is* a BatchNormalization: formula, training, evaluation and first values stand there. So files of weights
+    can be exchanged, in which Keras calls a layer by its class.
+
+    Shapes: input of two axes or more with C channels on `axis`, output the same; weights (C,).
 
     Args:
         axis, momentum, epsilon, center, scale: as there.
@@ -433,19 +444,7 @@ class GhostBatchNormalization(BatchNormalization):
     >>> print(keras.ops.convert_to_numpy(y).round(2).ravel())
     [-1.  1. -1.  1.]
     """
-
-    def __init__(
-        self,
-        axis: int = -1,
-        momentum: float | None = 0.99,
-        epsilon: float = 1e-3,
-        center: bool = True,
-        scale: bool = True,
-        *,
-        virtual_batch_size: int = 32,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(axis, momentum, epsilon, center, scale, virtual_batch_size=virtual_batch_size, **kwargs)
+    return BatchNormalization(axis, momentum, epsilon, center, scale, virtual_batch_size=virtual_batch_size, **kwargs)
 
 
 @_register

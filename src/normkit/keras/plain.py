@@ -44,7 +44,7 @@ def as_plain(model: Any) -> Any:
     >>> type(as_plain(model).get_layer("norm")).__module__.split(".")[0]
     'keras'
     """
-    if type(model) in _classes():
+    if type(model) in _STOCK:
         if not model.built:
             raise NormValueError(message("as_plain: the layer must be built", model.name, "call it on an input once"))
         _refuse_masks(model)
@@ -68,12 +68,8 @@ def as_plain(model: Any) -> Any:
     return plain
 
 
-def _classes() -> tuple[type, ...]:
-    return tuple(getattr(ours, name) for name in ours.__all__)
-
-
 def _ours_in(model: Any) -> Iterator[Any]:
-    return (layer for layer in model._flatten_layers() if isinstance(layer, _classes()))
+    return (layer for layer in model._flatten_layers() if isinstance(layer, tuple(_STOCK)))
 
 
 def _shared(model: Any) -> list[Any]:
