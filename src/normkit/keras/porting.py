@@ -74,7 +74,7 @@ def make(record: NormRecord, axis: int) -> Any:
         options |= {"scale": record.gamma is not None, "center": record.beta is not None}
     if record.kind in ("layer", "rms") and len(record.shape) > 1:
         options["axis"] = list(range(-len(record.shape), 0))
-    makers = {
+    makers: dict[str, Any] = {
         "batch": ours.BatchNormalization,
         "ghost": ours.GhostBatchNormalization,
         "renorm": ours.BatchRenormalization,

@@ -87,7 +87,7 @@ def make(record: NormRecord, axis: int) -> Any:
         options["virtual_batch_size"] = record.virtual_batch_size
     if record.kind == "group":
         options["num_groups"] = record.groups
-    makers = {
+    makers: dict[str, Any] = {
         "batch": ours.BatchNorm,
         "ghost": ours.GhostBatchNorm,
         "renorm": ours.BatchRenorm,
