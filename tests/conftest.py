@@ -13,7 +13,7 @@ BUDGETS = {
     "core": 60,
     "torch": 240,
     "conformance": 240,
-    "keras": 360,
+    "keras_layers": 360,
     "nnx": 120,
     "experiments": 300,
     "report": 60,

@@ -7,9 +7,8 @@ import dataclasses
 import math
 
 import numpy as np
-import optax
 import pytest
-from nnx_required import jax, jnp, nnx
+from nnx_required import jax, jnp, nnx, optax
 
 from normkit.core.catalog import CATALOG
 from normkit.errors import NormError, NormTypeError, NormValueError

@@ -2,4 +2,4 @@
 
 import os
 
-collect_ignore_glob = [] if "NORMKIT_KERAS_CASES" in os.environ else ["cases/*"]
+collect_ignore = [] if "NORMKIT_KERAS_CASES" in os.environ else ["cases"]
