@@ -1,21 +1,17 @@
-# make demo        compare normalizations on handwritten digits: a sentence, a table, a report
-# make demo-keras  batch normalization in a Keras CNN: with and without, before and after, and the trap of short trainings
-# make test        lint, types and tests, with the time of each area
-# make test-all    the same, and the tests marked long
-# make format      rewrite the code in its own style
+# make demo      compare normalizations on handwritten digits: a sentence, a table, a report
+# make test      lint, types and tests, with the time of each area
+# make test-all  the same, and the tests marked long
+# make format    rewrite the code in its own style
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-keras test test-all check format clean
+.PHONY: demo test test-all check format clean
 
 demo: $(READY)
 	$(BIN)/normkit compare cnn --data digits
-
-demo-keras: $(READY)
-	$(BIN)/python examples/keras_mnist_cnn.py
 
 test: check
 	$(BIN)/python -m pytest -m "not long"
