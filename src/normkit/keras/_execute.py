@@ -172,7 +172,8 @@ def rate_at(momentum: float | None, debiased: bool, count: Any, dtype: str) -> A
         return 1.0 / number
     if momentum == 0.0:
         return 1.0
-    return ARRAYS.clip((1.0 - momentum) / -ops.expm1(number * math.log(momentum)), 0.0, 1.0)
+    rate = (1.0 - momentum) / -ops.expm1(number * math.log(momentum))
+    return ops.where(number > 1.0, rate, ops.ones_like(rate))  # the first is 1, whatever the rounding
 
 
 def positions(x: Any, axis: int) -> Any:

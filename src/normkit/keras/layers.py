@@ -349,7 +349,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         keep(spec, p, moments, groups, self.count, **options)
         variance = ops.relu(ops.square(self.moving_stddev) - self.epsilon)
         # Before the first update it is 1 as the deviation is, and a batch that was skipped leaves it so.
-        self.moving_variance.assign(ops.where(self.moving_stddev == before, self.moving_variance, variance))
+        same = ops.equal(self.moving_stddev, before)
+        self.moving_variance.assign(ops.where(same, ops.convert_to_tensor(self.moving_variance), variance))
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this layer again."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import socket
+import warnings
 
 import keras
 import numpy as np
@@ -44,12 +46,23 @@ def close(actual, want, label: str) -> None:
 
 if BACKEND == "tensorflow":
 
-    @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("compiled", [True, False])
-    def test_replicas_of_tensorflow(mode, compiled):
+    @pytest.fixture(scope="module")
+    def strategy():
+        """Two replicas on logical CPUs. A strategy leaves a pool of threads to the collector, which warns of it."""
         import tensorflow as tf
 
-        strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+        made = [tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])]
+        yield made[0]
+        made.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_replicas_of_tensorflow(strategy, mode, compiled):
+        import tensorflow as tf
+
         with strategy.scope():
             layer = nk.BatchNormalization(momentum=None, synchronized=True)
             layer.build((None, 5, 3))
