@@ -129,7 +129,7 @@ class NormFactory:
             raise NormValueError(message(must, got, hint))
 
 
-@keras.saving.register_keras_serializable(package="normkit")
+@keras.saving.register_keras_serializable(package="normkit", name="FreeGroupNormalization")
 class GroupNormalization(layers.GroupNormalization):
     """Group norm that chooses its number of groups by the input, with `groups=None`."""
 
