@@ -17,6 +17,7 @@ BUDGETS = {
     "nnx": 120,
     "experiments": 300,
     "report": 60,
+    "surgery": 120,
     "cli": 60,
     "docs": 60,
     "project": 60,

@@ -20,6 +20,7 @@ __all__ = [
     "remaining",
     "scale_shift",
     "unbiased",
+    "usual_groups",
 ]
 
 Convention = Literal["torch", "keras", "flax", "onnx"]
@@ -147,3 +148,15 @@ def groups_for(channels: int, at_most: int = 32) -> int:
     """
     check("groups_for", {"channels": Integer(1), "at_most": Integer(1)}, {"channels": channels, "at_most": at_most})
     return max(g for g in range(1, min(channels, at_most) + 1) if channels % g == 0)
+
+
+def usual_groups(channels: int, *, spatial: bool) -> int:
+    """Return the number of groups that group norm takes where nobody says: at most 32, none of them too small.
+
+    A group of few values keeps next to nothing of them: mean and variance are gone, and on a table nothing else is
+    there. So groups are of 4 maps at least, or of 16 features.
+
+    >>> usual_groups(64, spatial=True), usual_groups(64, spatial=False)
+    (16, 4)
+    """
+    return groups_for(channels, max(1, min(32, channels // (4 if spatial else 16))))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from normkit.errors import MissingExtraError, NormError, NormValueError, message
 
-__all__ = ["Code", "call", "files_of_the_user", "refuse_when_imported", "takes"]
+__all__ = ["Code", "call", "content_hash", "files_of_the_user", "refuse_when_imported", "takes"]
 
 _loaded: dict[Path, tuple[str, ModuleType]] = {}
 _importing = threading.local()
@@ -84,6 +84,11 @@ class Code(NamedTuple):
             raise NormValueError(message(must, ", ".join(defined) or "nothing of its own")) from None
 
 
+def content_hash(path: Path) -> str:
+    """A hash of what is in a file now."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def files_of_the_user() -> dict[str, str]:
     """The files of all modules that are loaded and belong to no library, with a hash of what is in them now.
 
@@ -93,7 +98,7 @@ def files_of_the_user() -> dict[str, str]:
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if file and name != "__main__" and _of_the_user(file) and Path(file).is_file():
-            found[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            found[file] = content_hash(Path(file))
     return found
 
 
@@ -126,7 +131,7 @@ def refuse_when_imported(verb: str) -> None:
 
 def _module(path: Path, guard: Any) -> ModuleType:
     """The module of a file, run again where the file has changed."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = content_hash(path)
     if path not in _loaded or _loaded[path][0] != digest:
         _loaded[path] = digest, _executed(path, guard)
     return _loaded[path][1]

@@ -15,10 +15,15 @@ from normkit.experiments.code import call, takes
 from normkit.experiments.data import Dataset, Prepared, from_arrays, is_arrays, prepare
 from normkit.experiments.protocol import Batch
 
-__all__ = ["ArrayFeed", "DatasetFeed", "Feed", "LoaderFeed", "feed_for"]
+__all__ = ["ArrayFeed", "DatasetFeed", "Feed", "LoaderFeed", "epoch_seed", "feed_for"]
 
 _CHUNK = 1000  # samples per evaluation call, for memory
 _HELD = 1  # seed of the samples that a data set without a validation part gives for it
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of the random numbers of one epoch; that of the trial itself is for the network."""
+    return seed + 1000 * (epoch + 1)
 
 
 class Feed(ABC):
@@ -112,7 +117,7 @@ class DatasetFeed(Feed):
     def __init__(self, name: str, parts: Sequence[Any]) -> None:
         self.name = name
         train, *middle, last = parts if len(parts) > 1 else (parts[0], None)
-        for part in (train, *middle, *([] if last is None else [last])):
+        for part in parts:
             if len(part) == 0:
                 raise NormValueError(message(f"every part of {name} must hold samples", "an empty data set"))
         rows = np.arange(len(train))
@@ -129,7 +134,7 @@ class DatasetFeed(Feed):
         self._train, self._kept = train, rows
         self.samples = len(rows)
         digest, targets = _Digest(name), []
-        for part in (train, *middle, *([] if last is None else [last])):
+        for part in parts:
             digest.part()
             for row in range(len(part)):
                 x, y = _pair(name, part[row])
@@ -222,7 +227,7 @@ class LoaderFeed(Feed):
     def batches(self, inputs: str, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:  # noqa: ARG002
         """Whatever the loader gives. Raises NormValueError where it gives another number of batches than before."""
         expected, count = self.steps(batch_size), 0
-        for batch in self._batches(self._parts(None if self._own else batch_size)[0], seed + 1000 * (epoch + 1)):
+        for batch in self._batches(self._parts(None if self._own else batch_size)[0], epoch_seed(seed, epoch)):
             count += 1
             if count <= expected:
                 yield batch

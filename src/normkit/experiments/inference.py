@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ENOUGH_FOR_EXAMPLES", "Estimate", "adjusted", "estimate"]
+__all__ = ["Estimate", "adjusted", "estimate"]
 
 LEVEL = 0.95
 ENOUGH = 3  # seeds for an interval
-ENOUGH_FOR_EXAMPLES = 10  # seeds for telling the seeds' share from the examples'
+ENOUGH_FOR_DF = 10  # seeds for telling their share from the examples'
 
 
 class Estimate(NamedTuple):
@@ -52,7 +52,7 @@ def estimate(values: Sequence[float], resolution: float = 0.0, examples: NDArray
     if examples is not None and examples.shape[1] > 1:
         sampling = _of_examples(np.asarray(examples, dtype=np.float64))
         both = variance + sampling
-        if sampling > 0 and n >= ENOUGH_FOR_EXAMPLES:
+        if sampling > 0 and n >= ENOUGH_FOR_DF:
             df = both**2 / (variance**2 / (n - 1) + sampling**2 / (examples.shape[1] - 1))
         variance = both
     if variance == 0:

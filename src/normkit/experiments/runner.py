@@ -28,6 +28,7 @@ from normkit.experiments.worker import PLAN, Failure
 __all__ = ["Crew", "cores", "run_trials"]
 
 _MAIN = "import sys; sys.path[:] = {path!r}; from normkit.experiments.worker import main; main()"
+_PLANNING = "reading the question"  # what a worker was asked, in an error
 _POLL = 1.0  # seconds between looks at what others do
 
 
@@ -71,7 +72,7 @@ class Crew:
 
     def plan(self) -> Plan:
         """Let the first worker make the question complete. Raises what it found to be wrong with it."""
-        self.ask(0, PLAN, "reading the question")
+        self.ask(0, PLAN, _PLANNING)
         while (answered := self.answer()) is None:
             pass
         plan: Plan = answered[1]
@@ -209,7 +210,7 @@ def _dead(process: subprocess.Popen[bytes], what: str) -> NormRuntimeError:
 
 def _failed(failure: Failure, what: str) -> NormError:
     kind = getattr(normkit.errors, failure.kind) if failure.kind else NormRuntimeError
-    planning = failure.kind is not None and what == "reading the question"
+    planning = failure.kind is not None and what == _PLANNING
     error: NormError = kind(failure.text if planning else f"{what} failed: {failure.text}")
     if failure.trace:
         error.__cause__ = RuntimeError(failure.trace)

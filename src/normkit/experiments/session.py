@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from normkit.errors import NormError, NormRuntimeError, NormTypeError, NormValueError, message
-from normkit.experiments.code import Code, files_of_the_user, takes
+from normkit.experiments.code import Code, content_hash, files_of_the_user, takes
 from normkit.experiments.config import GOALS, MOMENTUM, NORMS, Config, Task, TrialConfig, Variant, bare, short
 from normkit.experiments.data import DEFAULT_DATA, Dataset
 from normkit.experiments.feeds import ArrayFeed, DatasetFeed, Feed, feed_for
@@ -75,7 +75,7 @@ class Session:
         self._values: dict[str, Any] = {}  # what was loaded: once, so that a file may be edited meanwhile
         self._feed: Feed | None = None
         for file, digest in job.files.items():
-            if not Path(file).is_file() or hashlib.sha256(Path(file).read_bytes()).hexdigest() != digest:
+            if not Path(file).is_file() or content_hash(Path(file)) != digest:
                 must = f"{Path(file).name} must stay as it is while trials are run"
                 raise NormRuntimeError(message(must, "a change", "run the same command again"))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normkit.experiments.config import MOMENTUM, TrialConfig, Variant
-from normkit.experiments.feeds import Feed
+from normkit.experiments.feeds import Feed, epoch_seed
 from normkit.experiments.memory import PeakMemory
 from normkit.experiments.protocol import Batch, Scores, Setup, Trainer, Training
 from normkit.experiments.results import Evaluation, Gap, Snapshot, TrialResult, packed
@@ -83,7 +83,7 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
     for epoch in range(config.epochs):
         if diverged:
             break
-        seed_everything(config.seed + 1000 * (epoch + 1), training)
+        seed_everything(epoch_seed(config.seed, epoch), training)
         losses: list[float] = []
         for x, y in feed.batches(config.inputs, config.batch_size, config.seed, epoch):
             begun = time.perf_counter()

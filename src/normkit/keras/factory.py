@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from normkit.core.algebra import groups_for
+from normkit.core.algebra import usual_groups
 from normkit.core.catalog import find
 from normkit.core.constraints import Integer, check
 from normkit.core.schedule import RenormSchedule
@@ -141,14 +141,8 @@ class GroupNormalization(layers.GroupNormalization):
         """Make the weights."""
         channels = input_shape[self.axis] if len(input_shape) > 1 else None
         if self._free and channels is not None:
-            self.groups = _groups(channels, spatial=len(input_shape) > 2)
+            self.groups = usual_groups(channels, spatial=len(input_shape) > 2)
         super().build(input_shape)
-
-
-def _groups(channels: int, *, spatial: bool) -> int:
-    # A group of few values keeps next to nothing of them: mean and variance are gone, and on a table nothing else is
-    # there. Of 16 features at least, or of 4 maps.
-    return groups_for(channels, max(1, min(32, channels // (4 if spatial else 16))))
 
 
 def _activation(activation: Any) -> keras.layers.Layer:

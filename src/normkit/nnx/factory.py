@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import errors, nnx
 
-from normkit.core.algebra import groups_for
+from normkit.core.algebra import usual_groups
 from normkit.core.catalog import find
 from normkit.core.constraints import Integer, check
 from normkit.core.schedule import RenormSchedule
@@ -190,13 +190,13 @@ class GroupNorm(layers.GroupNorm):
     """Group norm for any number of spatial axes, channels on `axis`; whether there are any decides how many groups."""
 
     def __init__(self, num_features: int, *, axis: int, **arguments: Any) -> None:
-        super().__init__(num_features, num_groups=_groups(num_features, spatial=True), **arguments)
+        super().__init__(num_features, num_groups=usual_groups(num_features, spatial=True), **arguments)
         self.axis = axis
 
     def __call__(self, x: Any, **options: Any) -> Any:
         """Normalize."""
         features = self.num_groups * self.group_size
-        groups = _groups(features, spatial=x.ndim > 2)
+        groups = usual_groups(features, spatial=x.ndim > 2)
         if groups != self.num_groups:
             self.num_groups, self.group_size = groups, features // groups
         return jnp.moveaxis(super().__call__(jnp.moveaxis(x, self.axis, -1), **options), -1, self.axis)
@@ -209,9 +209,3 @@ def _made_in_transform(layer: Any) -> bool:
     except errors.TraceContextError:
         return True
     return False
-
-
-def _groups(channels: int, *, spatial: bool) -> int:
-    # A group of few values keeps next to nothing of them: mean and variance are gone, and on a table nothing else is
-    # there. Of 16 features at least, or of 4 maps.
-    return groups_for(channels, max(1, min(32, channels // (4 if spatial else 16))))

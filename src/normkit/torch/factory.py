@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from normkit.core.algebra import groups_for
+from normkit.core.algebra import usual_groups
 from normkit.core.catalog import find
 from normkit.core.constraints import Integer, check
 from normkit.core.schedule import RenormSchedule
@@ -63,7 +63,7 @@ def norm_layer(
         "group": lambda: (
             GroupNorm(num_features)
             if spatial is None
-            else layers.GroupNorm(_groups(num_features, spatial=spatial > 0), num_features)
+            else layers.GroupNorm(usual_groups(num_features, spatial=spatial > 0), num_features)
         ),
         "layer": lambda: (layers.LayerNorm if last else layers.LayerNorm2d)(num_features),
         "rms": lambda: (layers.RMSNorm if last else layers.RMSNorm2d)(num_features),
@@ -213,22 +213,16 @@ class GroupNorm(Anywhere, layers.GroupNorm):
     """Group norm for any number of spatial axes; whether there are any decides the number of groups."""
 
     def __init__(self, num_channels: int) -> None:
-        super().__init__(_groups(num_channels, spatial=True), num_channels)
+        super().__init__(usual_groups(num_channels, spatial=True), num_channels)
 
     def _run(self, input: Tensor, **options: Any) -> Tensor:
-        groups = _groups(self.num_channels, spatial=input.dim() > 2)
+        groups = usual_groups(self.num_channels, spatial=input.dim() > 2)
         if groups != self.num_groups:
             self.num_groups = groups
         return super()._run(input, **options)
 
     def _channels(self) -> int:
         return self.num_channels
-
-
-def _groups(channels: int, *, spatial: bool) -> int:
-    # A group of few values keeps next to nothing of them: mean and variance are gone, and on a table nothing else is
-    # there. Of 16 features at least, or of 4 maps.
-    return groups_for(channels, max(1, min(32, channels // (4 if spatial else 16))))
 
 
 def _no_positions(name: str, got: str) -> NormValueError:
