@@ -1,17 +1,21 @@
-# make demo      compare normalizations on handwritten digits: a sentence, a table, a report
-# make test      lint, types and tests, with the time of each area
-# make test-all  the same, and the tests marked long
-# make format    rewrite the code in its own style
+# make demo        compare normalizations on handwritten digits: a sentence, a table, a report
+# make demo-keras  the classic Keras CNN with and without batch normalization, and a trap: a table, a picture
+# make test        lint, types and tests, with the time of each area
+# make test-all    the same, and the tests marked long
+# make format      rewrite the code in its own style
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo demo-keras test test-all check format clean
 
 demo: $(READY)
 	$(BIN)/normkit compare cnn --data digits
+
+demo-keras: $(READY)
+	$(BIN)/python examples/keras_mnist_cnn.py
 
 test: check
 	$(BIN)/python -m pytest -m "not long"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+# Of JAX' tests most of the time goes into compiling code that runs once: LLVM need not optimize it. Read when JAX starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 HERE = Path(__file__).parent
 # Seconds on two cores. Areas are the folders of this directory.

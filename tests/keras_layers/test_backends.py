@@ -30,7 +30,7 @@ def environment(backend: str) -> dict[str, str]:
         "KERAS_BACKEND": backend,
         "NORMKIT_KERAS_CASES": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
     }
 
 

@@ -74,7 +74,8 @@ def test_gelu_is_seen_as_one_call_and_left_as_it_was():
     code = jax.nn.gelu.__code__
     (site,) = probe(Calls(held_gelu), X)
     assert site.activation == "gelu"
-    np.testing.assert_allclose(site.output, jax.nn.gelu(X), rtol=1e-6)
+    # 1 + tanh cancels where x is negative: compiled and not, they differ by eps of |x|.
+    np.testing.assert_allclose(site.output, jax.nn.gelu(X), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="no more"):
         probe(Calls(lambda x: fail()), X)
     assert jax.nn.gelu.__code__ is code
