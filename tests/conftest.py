@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Of JAX' tests most of the time goes into compiling code that runs once: LLVM need not optimize it. Read when JAX starts.
+# Most of the time of JAX' tests is compiling code that runs once: LLVM need not optimize it. Read when JAX starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 HERE = Path(__file__).parent
