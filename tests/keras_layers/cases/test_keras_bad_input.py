@@ -9,7 +9,7 @@ import pytest
 import normkit.keras as nk
 from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormError, NormRuntimeError, NormTypeError, NormValueError
-from normkit.keras.layers import _ARGUMENTS
+from normkit.keras._layer import ARGUMENTS as CONSTRAINTS
 from normkit.testing.keras import call_layer
 
 BATCH = (nk.BatchNormalization, nk.BatchRenormalization, nk.GhostBatchNormalization)
@@ -27,7 +27,7 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize(("make", "name"), [(make, name) for make, names in ARGUMENTS.items() for name in names])
 def test_arguments_out_of_range(make, name):
-    for bad in _ARGUMENTS[name].bad():
+    for bad in CONSTRAINTS[name].bad():
         with pytest.raises(NormError, match=f"`{name}` must be"):
             make(**{name: bad})
 
