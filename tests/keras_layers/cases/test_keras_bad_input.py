@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -13,7 +15,17 @@ from normkit.keras._layer import ARGUMENTS as CONSTRAINTS
 from normkit.testing.keras import call_layer
 
 BATCH = (nk.BatchNormalization, nk.BatchRenormalization, nk.GhostBatchNormalization)
-EVERY = (*BATCH, nk.LayerNormalization, nk.GroupNormalization, nk.InstanceNormalization, nk.RMSNormalization)
+EVERY = (
+    *BATCH,
+    nk.LayerNormalization,
+    nk.GroupNormalization,
+    nk.InstanceNormalization,
+    nk.RMSNormalization,
+    nk.FilterResponseNormalization,
+    nk.EvoNormB0,
+    nk.EvoNormS0,
+    nk.DynamicTanh,
+)
 X = np.ones((4, 5, 6))
 ARGUMENTS = {
     nk.BatchNormalization: ("momentum", "epsilon", "center", "scale", "renorm", "renorm_momentum", "synchronized",
@@ -22,6 +34,13 @@ ARGUMENTS = {
     nk.GroupNormalization: ("epsilon", "center", "scale"),
     nk.InstanceNormalization: ("epsilon", "center", "scale"),
     nk.RMSNormalization: ("epsilon",),
+    nk.FilterResponseNormalization: ("epsilon", "learn_epsilon"),
+    nk.EvoNormB0: ("momentum", "epsilon", "debiased", "bessel", "nonfinite"),
+    nk.EvoNormS0: ("groups", "epsilon"),
+    nk.DynamicTanh: ("alpha",),
+    partial(nk.LayerNormLSTMCell, units=4): ("units", "epsilon"),
+    partial(nk.BatchNormLSTMCell, units=4, max_steps=3): ("units", "max_steps", "momentum", "epsilon", "debiased",
+                                                          "nonfinite"),
 }  # fmt: skip
 
 
