@@ -51,11 +51,12 @@ class _ByChannel(keras.layers.Layer):
         self.axis = axis
         self.supports_masking = True
 
-    def build_weights(self, axis: int, shape: Sequence[Any]) -> None:
-        """Make the weights for an input of this shape with the channels on `axis`."""
-        self.input_spec = keras.layers.InputSpec(ndim=len(shape), axes={axis: shape[axis]})
+    def build_weights(self, shape: Sequence[Any], ndim: int | None) -> None:
+        """Make the weights for an input of this shape; later ones must have `ndim` axes, where it is given."""
+        channels = shape[self.axis]
+        self.input_spec = keras.layers.InputSpec(ndim=ndim, axes={self.axis: channels})
         for name, rules in self._rules.items():
-            weight = self.add_weight(name=name, shape=(shape[axis],), autocast=False, **rules)
+            weight = self.add_weight(name=name, shape=(channels,), autocast=False, **rules)
             setattr(self, name, weight)
 
     def get_config(self) -> dict[str, Any]:
@@ -117,10 +118,10 @@ class FilterResponseNormalization(_ByChannel):
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Make the weights."""
-        axis = sample_axis_apart(self, input_shape)
+        sample_axis_apart(self, input_shape)
         if len(input_shape) == 2 and not self.learn_epsilon:
             _refuse_single_values(self, input_shape, "learn_epsilon=True, as in the paper")
-        self.build_weights(axis, input_shape)
+        self.build_weights(input_shape, len(input_shape))
         if self.learn_epsilon:
             first = keras.initializers.Constant(1e-4)
             self.learned_epsilon = self.add_weight(name="learned_epsilon", shape=(), initializer=first, autocast=False)
@@ -211,7 +212,7 @@ class EvoNormB0(_ByChannel):
         axis = sample_axis_apart(self, input_shape)
         if len(input_shape) == 2:
             _refuse_single_values(self, input_shape, "use EvoNormS0, which has groups of channels")
-        self.build_weights(axis, input_shape)
+        self.build_weights(input_shape, len(input_shape))
         kept = {"trainable": False, "autocast": False}
         self.moving_variance = self.add_weight(
             name="moving_variance",
@@ -301,7 +302,7 @@ class EvoNormS0(_ByChannel):
         check_groups(self, channels)
         if len(input_shape) == 2 and channels == self.groups:
             _refuse_single_values(self, input_shape, "use fewer groups")
-        self.build_weights(axis, input_shape)
+        self.build_weights(input_shape, len(input_shape))
 
     def call(self, inputs: Any, mask: Any = None, sample_weight: Any = None) -> Any:
         """Normalize; see the class."""
@@ -355,7 +356,8 @@ class DynamicTanh(_ByChannel):
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Make the weights."""
-        self.build_weights(axis_of(self, self.axis, input_shape), input_shape)
+        axis_of(self, self.axis, input_shape)
+        self.build_weights(input_shape, None)
         first = keras.initializers.Constant(self._first_alpha)
         self.alpha = self.add_weight(name="alpha", shape=(), initializer=first, autocast=False)
 

@@ -80,7 +80,7 @@ def test_axes_given_twice():
 
 @pytest.mark.parametrize("make", EVERY)
 def test_another_number_of_channels(make):
-    layer = make(**({"groups": 3} if make is nk.GroupNormalization else {}))
+    layer = make(**({"groups": 3} if make in (nk.GroupNormalization, nk.EvoNormS0) else {}))
     layer(keras.ops.ones(X.shape))
     with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 6"):
         layer(keras.ops.ones((4, 5, 1)))
@@ -88,7 +88,7 @@ def test_another_number_of_channels(make):
 
 @pytest.mark.parametrize("make", [*BATCH, nk.GroupNormalization])
 def test_another_number_of_axes(make):
-    layer = make(**({"groups": 3} if make is nk.GroupNormalization else {}))
+    layer = make(**({"groups": 3} if make in (nk.GroupNormalization, nk.EvoNormS0) else {}))
     with pytest.raises(
         NormValueError, match="the input must have two axes or more, of samples and of channels; got shape"
     ):
