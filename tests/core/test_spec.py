@@ -8,11 +8,23 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from normkit.core.algebra import remaining
-from normkit.core.catalog import BATCH, CATALOG, INSTANCE_TRACKED, LAYER_2D, RENORM, RMS, RMS_2D, find
+from normkit.core.catalog import (
+    BATCH,
+    CATALOG,
+    EVONORM_B0,
+    EVONORM_S0,
+    FRN,
+    INSTANCE_TRACKED,
+    LAYER_2D,
+    RENORM,
+    RMS,
+    RMS_2D,
+    find,
+)
 from normkit.core.spec import NormSpec, Tracked, parse
 from normkit.errors import NormValueError, message, nearest
 
-ALL = [*CATALOG.values(), INSTANCE_TRACKED, LAYER_2D, RMS_2D]
+ALL = [*CATALOG.values(), INSTANCE_TRACKED, LAYER_2D, RMS_2D, FRN, EVONORM_B0, EVONORM_S0]
 
 
 def test_parse():
@@ -48,7 +60,7 @@ def test_a_spec_is_frozen_and_hashable():
 def test_entries_of_the_catalog(spec: NormSpec):
     assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}", spec.paper)
     assert set(spec.over_names) | set(spec.affine_names) <= {part for token in spec.axes for part in token}
-    assert [t.name for t in spec.tracked] in ([], ["mean", "var"], ["mean", "std"])
+    assert [t.name for t in spec.tracked] in ([], ["var"], ["mean", "var"], ["mean", "std"])
     assert all(t.init == (0.0 if t.name == "mean" else 1.0) for t in spec.tracked)
     assert spec.renorm == (spec is RENORM)
     assert spec.first_gain == 1.0

@@ -52,8 +52,8 @@ def test_cases(backend):
 def test_examples_in_docstrings(backend):
     available("keras", backend)
     code = """
-import doctest, normkit.keras.layers, normkit.keras.plain
-for module in (normkit.keras.layers, normkit.keras.plain):
+import doctest, normkit.keras.further, normkit.keras.layers, normkit.keras.plain, normkit.keras.recurrent
+for module in (normkit.keras.further, normkit.keras.layers, normkit.keras.plain, normkit.keras.recurrent):
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried and not failed, (module, failed, tried)
 """

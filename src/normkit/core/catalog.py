@@ -40,6 +40,14 @@ LAYER = NormSpec("layer_norm", x="*n *c", over="*c", affine="*c", paper="arXiv:1
 LAYER_2D = NormSpec("layer_norm_2d", x="n c *s", over="c", affine="c", eps=1e-6, paper="arXiv:2201.03545")
 RMS = NormSpec("rms_norm", x="*n *c", over="*c", affine="*c", center=False, eps=1e-6, paper="arXiv:1910.07467")
 RMS_2D = replace(RMS, name="rms_norm_2d", x="n c *s", over="c", affine="c")
+# The next three come with an activation (`core.activated`). They join the names below, as `frn`, `evonorm_b0` and
+# `evonorm_s0`, once every framework has them.
+FRN = NormSpec(
+    "filter_response_norm", x="n c *s", over="*s", affine="c", center=False, eps=1e-6, paper="arXiv:1911.09737"
+)
+# Only the variance is kept: no mean is subtracted from the output.
+EVONORM_B0 = replace(BATCH, name="evonorm_b0", tracked=_MOVING[1:], paper="arXiv:2004.02967")
+EVONORM_S0 = replace(GROUP, name="evonorm_s0", paper="arXiv:2004.02967")
 
 CATALOG: Mapping[str, NormSpec] = MappingProxyType(
     {

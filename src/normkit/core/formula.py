@@ -30,6 +30,7 @@ __all__ = [
     "normalize",
     "renorm",
     "scaled",
+    "spread",
     "updated",
 ]
 
@@ -109,11 +110,21 @@ def evaluate(
     return scaled(xp, spec, shape, x - xp.reshape(kept["mean"], shape), xp.reshape(rstd, shape), gamma, beta, None)
 
 
+def spread(xp: Any, spec: NormSpec, p: NormPlan, x: Any, *, eps: float, weight: Any = None) -> tuple[Any, Moments]:
+    """Return sqrt(var + eps), in the shape of the view with reduced axes of length 1, and the moments.
+
+    For normalizers that divide something else than the deviation by it. Not for ghost batches.
+    """
+    ((v, w),) = _split(xp, p, x, weight)
+    average, total, effective = _averager(xp, p, tuple(v.shape), w)
+    deviation, mean = _deviations(spec, v, average)
+    var = average(deviation * deviation)
+    return xp.sqrt(var + eps), Moments(mean, var, total, effective, None, w is not None)
+
+
 def inverse_std(xp: Any, spec: NormSpec, p: NormPlan, x: Any, *, eps: float) -> Any:
     """Return 1 / sqrt(var + eps) of an input without split axes, in the shape of the input with axes of length 1."""
-    average, _, _ = _averager(xp, p, tuple(x.shape), None)
-    deviation, _ = _deviations(spec, x, average)
-    return 1.0 / xp.sqrt(average(deviation * deviation) + eps)
+    return 1.0 / spread(xp, spec, p, x, eps=eps)[0]
 
 
 def gained(xp: Any, spec: NormSpec, p: NormPlan, normalized: Any, gamma: Any) -> Any:

@@ -13,8 +13,12 @@ except ModuleNotFoundError as error:
     must = "normkit.keras needs Keras 3 and one of its backends: TensorFlow, JAX or PyTorch"
     raise MissingExtraError(message(must, hint="pip install 'normkit[keras]'")) from error
 
+from normkit.keras.further import *  # noqa: F403
+from normkit.keras.further import __all__ as _further
 from normkit.keras.layers import *  # noqa: F403
 from normkit.keras.layers import __all__ as _layers
 from normkit.keras.plain import as_plain as as_plain
+from normkit.keras.recurrent import *  # noqa: F403
+from normkit.keras.recurrent import __all__ as _recurrent
 
-__all__ = ["as_plain", *_layers]
+__all__ = ["as_plain", *_layers, *_further, *_recurrent]

@@ -26,6 +26,7 @@ class Arrays:
     """The functions of an array library that formulas use. `reduce` merges a sum with those of the other replicas."""
 
     sqrt = staticmethod(ops.sqrt)
+    tanh = staticmethod(ops.tanh)
     where = staticmethod(ops.where)
     concatenate = staticmethod(ops.concatenate)
 

@@ -18,7 +18,19 @@ from normkit.core.spec import NormSpec
 from normkit.errors import NormValueError, message
 from normkit.keras._arrays import ARRAYS, Arrays
 
-__all__ = ["by_channel", "by_rows", "evaluate", "keep", "normalize", "rate_at", "renorm", "weighted"]
+__all__ = [
+    "by_channel",
+    "by_rows",
+    "countable",
+    "evaluate",
+    "hidden",
+    "keep",
+    "normalize",
+    "observed",
+    "rate_at",
+    "renorm",
+    "weighted",
+]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -64,12 +76,21 @@ def normalize(
     if len(spec.axes[0]) == 2 and x.shape[0] is None:
         return _in_groups(spec, x, gamma, beta, eps, dict(sizes)["n"], weight, correct)
     p = plan(spec, len(x.shape), sizes)
-    lengths = view_shape(p, tuple(x.shape)) if p.ragged < 0 else ()
-    unknown = any(lengths and lengths[axis] is None for axis in p.reduce)
-    if weight is None and (unknown or xp.reduce is not None):
-        weight = positions(x, p.whole[0])  # the formula then counts by weights, which works for any length
+    weight = countable(p, x, weight)
+    if weight is None and xp.reduce is not None:
+        weight = positions(x, p.whole[0])  # replicas may have unequal batches
     y, moments = formula.normalize(xp, spec, p, x, gamma, beta, eps=eps, weight=weight, correct=correct)
     return y, spec, p, moments
+
+
+def countable(p: NormPlan, x: Any, weight: Any) -> Any:
+    """Return the weights, those of all positions where a graph does not know how many there are.
+
+    The formula then counts by weights, which works for any length.
+    """
+    lengths = view_shape(p, tuple(x.shape)) if p.ragged < 0 else ()
+    unknown = any(lengths and lengths[axis] is None for axis in p.reduce)
+    return positions(x, p.whole[0]) if weight is None and unknown else weight
 
 
 def _in_groups(
@@ -139,14 +160,9 @@ def keep(
     One is added to `count`, if there is one. An empty batch changes nothing, nor does one that is not finite unless
     `nonfinite` is "update".
     """
-    batch, known = formula.merged(ARRAYS, spec, p, moments, eps=eps)
+    batch, known = observed(spec, p, moments, eps=eps, nonfinite=nonfinite)
     if known is False:
         return
-    finite = functools.reduce(ops.logical_and, [ops.all(ops.isfinite(value)) for value in batch.values()])
-    if nonfinite == "skip":
-        known = finite if known is True else ops.logical_and(known, finite)
-    elif known is not True:  # NaN in a weighted sum makes its weight NaN, which looks like none
-        known = ops.logical_or(known, ops.logical_not(finite))
     for kept, rate in groups:
         before = {name: ops.cast(variable, batch[name].dtype) for name, variable in kept.items()}
         after = formula.updated(ARRAYS, spec, before, batch, known, rate)
@@ -155,6 +171,21 @@ def keep(
     if count is not None:
         counted = 1 if known is True else ops.cast(ops.any(known), count.dtype)
         count.assign(count + counted)
+
+
+def observed(
+    spec: NormSpec, p: NormPlan, moments: Sequence[Moments], *, eps: float, nonfinite: str
+) -> tuple[dict[str, Any], Any]:
+    """Return (what each kept statistic sees of this batch, whether it may enter)."""
+    batch, known = formula.merged(ARRAYS, spec, p, moments, eps=eps)
+    if known is False:
+        return batch, False
+    finite = functools.reduce(ops.logical_and, [ops.all(ops.isfinite(value)) for value in batch.values()])
+    if nonfinite == "skip":
+        known = finite if known is True else ops.logical_and(known, finite)
+    elif known is not True:  # NaN in a weighted sum makes its weight NaN, which looks like none
+        known = ops.logical_or(known, ops.logical_not(finite))
+    return batch, known
 
 
 def rate_at(momentum: float | None, debiased: bool, count: Any, dtype: str) -> Any:

@@ -26,18 +26,29 @@ from numbers import Integral
 from typing import Any
 
 import keras
-from keras import backend, ops
+from keras import ops
 
 from normkit.core import catalog
-from normkit.core.algebra import groups_for
-from normkit.core.constraints import Constraint, Flag, Integer, Optional, Real, check
+from normkit.core.constraints import Integer, Optional, Real
 from normkit.core.formula import Moments
 from normkit.core.plan import NormPlan
 from normkit.core.schedule import RenormSchedule
-from normkit.core.spec import ARGUMENTS, NormSpec
+from normkit.core.spec import NormSpec
 from normkit.errors import NormTypeError, NormValueError, message, nearest
 from normkit.keras._arrays import ARRAYS, Arrays, over_replicas, wide
-from normkit.keras._execute import by_channel, by_rows, evaluate, hidden, keep, normalize, rate_at, renorm, weighted
+from normkit.keras._execute import by_channel, by_rows, evaluate, hidden, keep, normalize, rate_at, renorm
+from normkit.keras._layer import (
+    axis_of,
+    cast_like,
+    channel_axis,
+    check_debiased,
+    check_groups,
+    checked,
+    register,
+    sample_axis_apart,
+    weighted_input,
+    widened,
+)
 
 __all__ = [
     "BatchNormalization",
@@ -49,60 +60,8 @@ __all__ = [
     "RMSNormalization",
 ]
 
-_register = keras.saving.register_keras_serializable(package="normkit")
-_ARGUMENTS: Mapping[str, Constraint] = {
-    **ARGUMENTS,
-    "epsilon": Real(0.0),
-    "center": Flag(),
-    "scale": Flag(),
-    "renorm": Flag(),
-    "synchronized": Flag(),
-    "debiased": Flag(),
-    "renorm_momentum": Real(0.0, 1.0),
-    "virtual_batch_size": Optional(Integer(2)),
-}
 
-
-def _checked(layer: Any, **arguments: Any) -> None:
-    check(type(layer).__name__, _ARGUMENTS, arguments)
-
-
-def _axis_of(layer: Any, axis: Any, shape: Sequence[Any]) -> int:
-    """Return an axis counted from the front. Raises where the input has no such axis or does not know its length."""
-    owner, ndim = type(layer).__name__, len(shape)
-    if not Integer(-ndim).allows(axis) or axis >= ndim:
-        must = f"{owner}: `axis` must be a whole number from {-ndim} to {ndim - 1} for an input of shape {tuple(shape)}"
-        raise NormValueError(message(must, repr(axis)))
-    if shape[axis] is None:
-        raise NormValueError(message(f"{owner}: axis {axis} of the input must have a known length", tuple(shape)))
-    return int(axis) % ndim
-
-
-def _channel_axis(layer: Any, shape: Sequence[Any]) -> int:
-    if len(shape) < 2:
-        must = f"{type(layer).__name__}: the input must have two axes or more, of samples and of channels"
-        raise NormValueError(message(must, f"shape {tuple(shape)}"))
-    return _axis_of(layer, layer.axis, shape)
-
-
-def _widened(layer: Any, x: Any) -> Any:
-    """Return the input in the type in which statistics accumulate, with the lengths that the layer knows.
-
-    TensorFlow may trace a graph in which even the number of channels is unknown.
-    """
-    x = ops.cast(x, wide(backend.standardize_dtype(x.dtype)))
-    known = {axis % len(x.shape): n for axis, n in (layer.input_spec.axes or {}).items()}
-    if any(x.shape[axis] is None for axis in known):
-        x.set_shape([known.get(axis, n) for axis, n in enumerate(x.shape)])
-    return x
-
-
-def _as(x: Any, variable: Any) -> Any:
-    """Return a weight in the type of x, None where the layer has none."""
-    return None if variable is None else ops.cast(variable, x.dtype)
-
-
-@_register
+@register
 class BatchNormalization(keras.layers.BatchNormalization):
     """Batch normalization (arXiv:1502.03167) over all axes but `axis`, in place of `keras.layers.BatchNormalization`.
 
@@ -205,7 +164,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         nonfinite: str = "skip",
         **kwargs: Any,
     ) -> None:
-        _checked(
+        checked(
             self,
             momentum=momentum,
             epsilon=epsilon,
@@ -260,9 +219,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> None:
         """Refuse arguments that contradict each other."""
         owner = type(self).__name__
-        if debiased and momentum in (None, 1):
-            hint = "momentum=None averages all batches equally and has no first value to take out"
-            raise NormValueError(message(f"{owner}: `debiased` must go with a momentum below 1", momentum, hint))
+        check_debiased(self, momentum, debiased)
         if not renorm and (clipping or schedule is not None):
             must = f"{owner}: `renorm_clipping` and `renorm_schedule` must go with `renorm=True`"
             raise NormValueError(message(must))
@@ -283,7 +240,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Make the weights."""
-        axis = _channel_axis(self, input_shape)
+        axis = channel_axis(self, input_shape)
         if axis == 0 and self.virtual_batch_size is not None:
             must = f"{type(self).__name__}: ghost batches need the samples on axis 0"
             raise NormValueError(message(must, f"axis={self.axis}"))
@@ -299,16 +256,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None, sample_weight: Any = None) -> Any:
         """Normalize; see the class."""
-        if mask is None and sample_weight is not None:
-            mask = getattr(inputs, "_keras_mask", None)  # Keras looks for it where there is one argument only
-        x = _widened(self, inputs)
-        axis = self.axis % len(x.shape)
         learning = bool(training) and self.trainable
         reduce = over_replicas() if self.synchronized and learning else None
-        x, real, weight = weighted(x, mask, sample_weight, axis, reduce)
-        spec, gamma, beta = self._spec(len(x.shape), axis), _as(x, self.gamma), _as(x, self.beta)
+        x, real, weight, axis = weighted_input(self, inputs, mask, sample_weight, reduce)
+        spec, gamma, beta = self._spec(len(x.shape), axis), cast_like(x, self.gamma), cast_like(x, self.beta)
         if not learning:
-            kept = {"mean": _as(x, self.moving_mean), "var": _as(x, self.moving_variance)}
+            kept = {"mean": cast_like(x, self.moving_mean), "var": cast_like(x, self.moving_variance)}
             y = evaluate(spec, x, kept, gamma, beta, eps=self.epsilon)
         else:
             sizes = () if self.virtual_batch_size is None else (("n", self.virtual_batch_size),)
@@ -327,8 +280,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _correction(self, x: Any) -> Any:
         """Return renorm's correction, from the statistics before this batch."""
         # As in Keras. With epsilon inside it is never below that root, except at first if it was initialized so.
-        std = ARRAYS.clip(_as(x, self.renorm_stddev), math.sqrt(self.epsilon), None)
-        kept = {"mean": _as(x, self.renorm_mean), "std": std}
+        std = ARRAYS.clip(cast_like(x, self.renorm_stddev), math.sqrt(self.epsilon), None)
+        kept = {"mean": cast_like(x, self.renorm_mean), "std": std}
         if self.renorm_schedule is not None:
             r_max, d_max = self.renorm_schedule.at(ARRAYS, ops.cast(self.count, x.dtype))
             return renorm(kept, 1.0 / r_max, r_max, d_max)
@@ -448,7 +401,7 @@ def GhostBatchNormalization(  # noqa: N802
     return BatchNormalization(axis, momentum, epsilon, center, scale, virtual_batch_size=virtual_batch_size, **kwargs)
 
 
-@_register
+@register
 class LayerNormalization(keras.layers.LayerNormalization):
     """Layer normalization (arXiv:1607.06450) of each sample over `axis`, in place of `keras.layers.LayerNormalization`.
 
@@ -483,7 +436,7 @@ class LayerNormalization(keras.layers.LayerNormalization):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        _checked(self, epsilon=epsilon, center=center, scale=scale)
+        checked(self, epsilon=epsilon, center=center, scale=scale)
         super().__init__(axis, epsilon, center, scale, *args, **kwargs)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
@@ -499,7 +452,7 @@ class LayerNormalization(keras.layers.LayerNormalization):
         return _by_rows(self, catalog.LAYER, inputs, self.gamma, self.beta)
 
 
-@_register
+@register
 class RMSNormalization(keras.layers.RMSNormalization):
     """Root mean square normalization (arXiv:1910.07467) over `axis`, in place of `keras.layers.RMSNormalization`.
 
@@ -526,7 +479,7 @@ class RMSNormalization(keras.layers.RMSNormalization):
     """
 
     def __init__(self, axis: int | Sequence[int] = -1, epsilon: float = 1e-6, **kwargs: Any) -> None:
-        _checked(self, epsilon=epsilon)
+        checked(self, epsilon=epsilon)
         super().__init__(axis, epsilon, **kwargs)
         self.supports_masking = True  # each position is normalized alone; Keras' own drops the mask with a warning
 
@@ -545,7 +498,7 @@ class RMSNormalization(keras.layers.RMSNormalization):
         return _by_rows(self, catalog.RMS, x, self.scale, None)
 
 
-@_register
+@register
 class GroupNormalization(keras.layers.GroupNormalization):
     """Group normalization (arXiv:1803.08494), in place of `keras.layers.GroupNormalization`.
 
@@ -584,7 +537,7 @@ class GroupNormalization(keras.layers.GroupNormalization):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        _checked(self, epsilon=epsilon, center=center, scale=scale)
+        checked(self, epsilon=epsilon, center=center, scale=scale)
         if groups != -1 and not Integer(1).allows(groups):
             must = f"{type(self).__name__}: `groups` must be a whole number of at least 1, or -1 for one per channel"
             raise NormValueError(message(must, repr(groups)))
@@ -592,15 +545,9 @@ class GroupNormalization(keras.layers.GroupNormalization):
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Make the weights."""
-        axis = _channel_axis(self, input_shape)
-        if axis == 0:
-            must = f"{type(self).__name__}: `axis` must not be 0, that of the samples"
-            raise NormValueError(message(must, f"axis={self.axis} for an input of shape {tuple(input_shape)}"))
-        channels: Any = input_shape[axis]
-        if self.groups != -1 and channels % self.groups:
-            hint = f"use {groups_for(channels, self.groups)} or normkit.groups_for({channels})"
-            must = f"{type(self).__name__}: the input's channels must be divisible by `groups`"
-            raise NormValueError(message(must, f"{channels} and {self.groups}", hint))
+        channels: Any = input_shape[sample_axis_apart(self, input_shape)]
+        if self.groups != -1:
+            check_groups(self, channels)
         super().build(tuple(input_shape))
 
     def call(self, inputs: Any, mask: Any = None, sample_weight: Any = None) -> Any:
@@ -608,18 +555,14 @@ class GroupNormalization(keras.layers.GroupNormalization):
         return self._run(catalog.GROUP, (("g", self.groups),), inputs, mask, sample_weight)
 
     def _run(self, spec: NormSpec, sizes: Any, inputs: Any, mask: Any, sample_weight: Any) -> Any:
-        if mask is None and sample_weight is not None:
-            mask = getattr(inputs, "_keras_mask", None)
-        x = _widened(self, inputs)
-        axis = self.axis % len(x.shape)
-        x, real, weight = weighted(x, mask, sample_weight, axis)
-        gamma, beta = _as(x, self.gamma), _as(x, self.beta)
+        x, real, weight, axis = weighted_input(self, inputs, mask, sample_weight)
+        gamma, beta = cast_like(x, self.gamma), cast_like(x, self.beta)
         placed = by_channel(spec, len(x.shape), axis)
         y, *_ = normalize(placed, x, gamma, beta, eps=self.epsilon, sizes=sizes, weight=weight)
         return ops.cast(hidden(y, real), self.compute_dtype)
 
 
-@_register
+@register
 class InstanceNormalization(GroupNormalization):
     """Instance normalization (arXiv:1607.08022): each channel of each sample over its own positions.
 
@@ -678,7 +621,7 @@ def _row_axes(layer: Any, shape: Sequence[Any]) -> Any:
     Keras sorts them as they are, which puts -1 before 1 and gamma in another order than the axes of the input.
     """
     given = layer.axis if isinstance(layer.axis, Sequence) else [layer.axis]
-    found = [_axis_of(layer, axis, shape) for axis in given]
+    found = [axis_of(layer, axis, shape) for axis in given]
     if len(set(found)) < len(found) or not found:
         must = f"{type(layer).__name__}: `axis` must name one axis or several, each once"
         raise NormValueError(message(must, f"{layer.axis} for an input of shape {tuple(shape)}"))
@@ -690,8 +633,8 @@ def _lengths_at(axes: Any, shape: Sequence[Any]) -> Any:
 
 
 def _by_rows(layer: Any, spec: NormSpec, inputs: Any, gamma: Any, beta: Any) -> Any:
-    x = _widened(layer, inputs)
+    x = widened(layer, inputs)
     axes = tuple(sorted(axis % len(x.shape) for axis in layer.axis))
     placed = by_rows(spec, len(x.shape), axes)
-    y, *_ = normalize(placed, x, _as(x, gamma), _as(x, beta), eps=layer.epsilon)
+    y, *_ = normalize(placed, x, cast_like(x, gamma), cast_like(x, beta), eps=layer.epsilon)
     return ops.cast(y, layer.compute_dtype)

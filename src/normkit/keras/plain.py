@@ -36,7 +36,9 @@ def as_plain(model: Any) -> Any:
 
     Raises:
         NormValueError: where a prediction would not be the same: a layer called with a mask that Keras' own ignores, or
-            with sample weights; a layer of ours that a custom layer holds and does not name in its config.
+            with sample weights; a layer of ours that a custom layer holds and does not name in its config. Where there
+            is a layer that Keras has not: FilterResponseNormalization, EvoNormB0, EvoNormS0, DynamicTanh and the LSTM
+            cells.
         NormTypeError: for a subclassed model, whose layers cannot be told from its config.
 
     >>> from normkit.keras import GhostBatchNormalization, as_plain
@@ -44,6 +46,7 @@ def as_plain(model: Any) -> Any:
     >>> type(as_plain(model).get_layer("norm")).__module__.split(".")[0]
     'keras'
     """
+    _refuse_unknown(model)
     if type(model) in _STOCK:
         if not model.built:
             raise NormValueError(message("as_plain: the layer must be built", model.name, "call it on an input once"))
@@ -66,6 +69,19 @@ def as_plain(model: Any) -> Any:
         raise NormValueError(message(must, ", ".join(left)))
     plain.set_weights(_shared(model))
     return plain
+
+
+def _refuse_unknown(model: Any) -> None:
+    """Raise where there is a layer of ours that Keras has not."""
+    layers = model._flatten_layers() if isinstance(model, keras.layers.Layer) else ()
+    unknown = {
+        f"{layer.name} ({type(layer).__name__})"
+        for layer in layers
+        if keras.saving.get_registered_name(type(layer)).startswith("normkit>") and not isinstance(layer, tuple(_STOCK))
+    }
+    if unknown:
+        must = "as_plain: every layer of normkit must have a counterpart in Keras"
+        raise NormValueError(message(must, ", ".join(sorted(unknown)), "ship the model with normkit installed"))
 
 
 def _ours_in(model: Any) -> Iterator[Any]:

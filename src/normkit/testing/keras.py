@@ -97,7 +97,7 @@ def run_layer(build: Build, dtype: str, call: Call, *, last: bool = False, graph
 def call_layer(
     layer: Any, x: Array, dy: Array | None = None, *, dtype: str = "float32", **options: Any
 ) -> tuple[Array, dict[str, Array]]:
-    """Call a layer on an array; return its output and, with `dy`, the gradients of x, gamma and beta by name.
+    """Call a layer on an array; return its output and, with `dy`, the gradients of x and all weights by name.
 
     `training`, `mask` (an array) and `sample_weight` go to the layer.
     """
@@ -126,9 +126,9 @@ def _load(layer: Any, call: Call) -> None:
 
 
 def _named(layer: Any) -> dict[str, Any]:
-    """Return the trainable weights by our names."""
+    """Return the trainable weights by our names, where we have one."""
     names = {known: name for name, given in _NAMES.items() for known in given}
-    return {names[weight.name]: weight for weight in layer.trainable_variables}
+    return {names.get(weight.name, weight.name): weight for weight in layer.trainable_variables}
 
 
 def _tensorflow(layer: Any, x: Any, dy: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Array]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -9,11 +11,21 @@ import pytest
 import normkit.keras as nk
 from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormError, NormRuntimeError, NormTypeError, NormValueError
-from normkit.keras.layers import _ARGUMENTS
+from normkit.keras._layer import ARGUMENTS as CONSTRAINTS
 from normkit.testing.keras import call_layer
 
 BATCH = (nk.BatchNormalization, nk.BatchRenormalization, nk.GhostBatchNormalization)
-EVERY = (*BATCH, nk.LayerNormalization, nk.GroupNormalization, nk.InstanceNormalization, nk.RMSNormalization)
+EVERY = (
+    *BATCH,
+    nk.LayerNormalization,
+    nk.GroupNormalization,
+    nk.InstanceNormalization,
+    nk.RMSNormalization,
+    nk.FilterResponseNormalization,
+    nk.EvoNormB0,
+    nk.EvoNormS0,
+    nk.DynamicTanh,
+)
 X = np.ones((4, 5, 6))
 ARGUMENTS = {
     nk.BatchNormalization: ("momentum", "epsilon", "center", "scale", "renorm", "renorm_momentum", "synchronized",
@@ -22,12 +34,19 @@ ARGUMENTS = {
     nk.GroupNormalization: ("epsilon", "center", "scale"),
     nk.InstanceNormalization: ("epsilon", "center", "scale"),
     nk.RMSNormalization: ("epsilon",),
+    nk.FilterResponseNormalization: ("epsilon", "learn_epsilon"),
+    nk.EvoNormB0: ("momentum", "epsilon", "debiased", "bessel", "nonfinite"),
+    nk.EvoNormS0: ("groups", "epsilon"),
+    nk.DynamicTanh: ("alpha",),
+    partial(nk.LayerNormLSTMCell, units=4): ("units", "epsilon"),
+    partial(nk.BatchNormLSTMCell, units=4, max_steps=3): ("units", "max_steps", "momentum", "epsilon", "debiased",
+                                                          "nonfinite"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "name"), [(make, name) for make, names in ARGUMENTS.items() for name in names])
 def test_arguments_out_of_range(make, name):
-    for bad in _ARGUMENTS[name].bad():
+    for bad in CONSTRAINTS[name].bad():
         with pytest.raises(NormError, match=f"`{name}` must be"):
             make(**{name: bad})
 
@@ -61,7 +80,7 @@ def test_axes_given_twice():
 
 @pytest.mark.parametrize("make", EVERY)
 def test_another_number_of_channels(make):
-    layer = make(**({"groups": 3} if make is nk.GroupNormalization else {}))
+    layer = make(**({"groups": 3} if make in (nk.GroupNormalization, nk.EvoNormS0) else {}))
     layer(keras.ops.ones(X.shape))
     with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 6"):
         layer(keras.ops.ones((4, 5, 1)))
@@ -69,7 +88,7 @@ def test_another_number_of_channels(make):
 
 @pytest.mark.parametrize("make", [*BATCH, nk.GroupNormalization])
 def test_another_number_of_axes(make):
-    layer = make(**({"groups": 3} if make is nk.GroupNormalization else {}))
+    layer = make(**({"groups": 3} if make in (nk.GroupNormalization, nk.EvoNormS0) else {}))
     with pytest.raises(
         NormValueError, match="the input must have two axes or more, of samples and of channels; got shape"
     ):
