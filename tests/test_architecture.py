@@ -19,16 +19,17 @@ FRAMEWORKS = {"torch", "keras", "tensorflow", "jax", "flax"}
 # Each part and what it may import of normkit at module level; nobody imports upwards.
 BELOW = {
     "errors": set(),
+    "frameworks": {"errors"},
     "core": {"errors"},
     "kernels": {"errors", "core"},
     "torch": {"errors", "core", "kernels"},
     "keras": {"errors", "core", "kernels"},
     "nnx": {"errors", "core", "kernels"},
     "testing": {"errors", "core"},
-    "experiments": {"errors", "core", "kernels"},
-    "surgery": {"errors", "core"},
+    "experiments": {"errors", "frameworks", "core", "kernels"},
+    "surgery": {"errors", "frameworks", "core"},
     "report": {"errors", "core", "experiments"},
-    "cli": {"errors", "core", "experiments", "report", "kernels"},
+    "cli": {"errors", "frameworks", "core", "experiments", "report", "kernels"},
 }
 # Files that hold a framework's side of something and may import it at the top.
 FRAMEWORK_FILES = {

@@ -126,8 +126,8 @@ def test_paths_that_cannot_be_written(tmp_path):
 
 
 REFUSED = {
-    "class": (nn.ReLU, X, NormTypeError, "`model` must be a torch.nn.Module; got the class ReLU"),
-    "other": ("net.py", X, NormTypeError, "`model` must be a torch.nn.Module; got an object of type str"),
+    "class": (nn.ReLU, X, NormTypeError, "a model must be a torch.nn.Module, .*; got the class ReLU"),
+    "other": ("net.py", X, NormTypeError, "a model must be a torch.nn.Module, .*; got str"),
     "loader": (nn.ReLU(), iter([X]), NormTypeError, "`batch` must be a tensor or an array, .*hint: next"),
     "nothing": (nn.ReLU(), (), NormTypeError, "got tuple"),
     "pair": (nn.ReLU(), (X, X), NormTypeError, "ReLU must take the inputs .*give inputs alone, without targets"),
@@ -143,13 +143,13 @@ def test_refusals(case):
         normkit.activations(model, batch)
 
 
-def test_without_torch_nothing_is_imported():
+def test_without_a_framework_nothing_is_imported():
     code = """
 import sys, normkit
 try:
-    normkit.activations(object(), None)
+    normkit.activations(object(), __import__("numpy").zeros(3))
 except TypeError as error:
-    print(error, "torch" in sys.modules, "matplotlib" in sys.modules)
+    print(error, {"torch", "keras", "flax", "matplotlib"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "`model` must be a torch.nn.Module; got an object of type object False False"
+    assert done.stdout.strip().endswith("got object set()")

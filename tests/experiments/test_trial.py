@@ -47,7 +47,7 @@ class Scripted:
 
     def __init__(self, losses=(), validation_loss=1.0):
         self.losses, self.validation_loss = list(losses), validation_loss
-        self.seen, self.evaluated, self.seeds = [], [], []
+        self.seen, self.evaluated, self.seeds, self.prepared = [], [], [], []
 
     def trainer(self, setup):
         self.setup = setup
@@ -58,6 +58,10 @@ class Scripted:
 
     def versions(self):
         return {"scripted": "1"}
+
+    def prepare(self, x, y):
+        time.sleep(0.1)
+        self.prepared.append(len(self.seen))
 
     def step(self, x, y):
         time.sleep(0.001)
@@ -84,10 +88,27 @@ def test_a_trial_counts_steps_scores_the_test_part_once_and_times_only_steps():
     assert [n for n, _ in script.evaluated].count(14) == 1
     assert result.final == 0.5
     np.testing.assert_array_equal(unpacked(result.examples), np.arange(14) % 2)
-    assert 0.01 <= result.seconds < 0.1  # ten steps of a millisecond, not twelve evaluations of twenty
+    assert script.prepared == [0], "once, since all batches have one shape"
+    # Ten steps of a millisecond, not twelve evaluations of twenty, nor what is prepared, a hundred.
+    assert 0.01 <= result.seconds < 0.1
     assert result.curve[-1].seconds == result.seconds
     assert 0.001 <= result.step_seconds < 0.01
     assert result.versions == (("scripted", "1"),)
+
+
+def test_every_shape_of_a_batch_is_prepared_before_its_first_step():
+    class Ragged(ArrayFeed):
+        def batches(self, *arguments):
+            for number, (x, y) in enumerate(super().batches(*arguments)):
+                yield ({"x": x[:4]}, y[:4]) if number == 2 else ({"x": x}, y)
+
+    class Named(Scripted):
+        def step(self, x, y):
+            return super().step(x["x"], y)
+
+    script = Named()
+    trials.run_trial(config(), recipe(), Ragged(feed().data), script)
+    assert script.prepared == [0, 2]
 
 
 def test_the_gap_is_taken_on_the_same_training_batches():

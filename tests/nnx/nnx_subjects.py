@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nnx_required import nnx
@@ -39,7 +40,8 @@ def channels(shape: Any) -> Any:
 
 
 def entry(build: Any, spec: NormSpec, *shapes: Any, **known: Any) -> tuple[Any, dict[str, Any]]:
-    return build, {"spec": spec, "shapes": shapes, "sizes": channels, **known}
+    # As in Flax a single value is enough.
+    return build, {"spec": replace(spec, minimum=1), "shapes": shapes, "sizes": channels, **known}
 
 
 POSITIONS = {"masks": True, "weights": True}

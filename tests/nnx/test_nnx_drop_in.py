@@ -37,6 +37,7 @@ OPTIONS = {
         (3, {"axis": 1, "momentum": 0.8, "epsilon": 0.1, "use_bias": False}, (6, 3, 4)),
         (3, {"use_scale": False, "use_fast_variance": False}, (6, 3)),
         (3, {"scale_init": nnx.initializers.normal(), "bias_init": nnx.initializers.normal()}, (6, 3)),
+        (3, {"bias_init": nnx.initializers.normal()}, (1, 3)),  # one value: bias, and a variance of 0 is kept
     ],
     "LayerNorm": [
         (6, {}, (4, 6)),
@@ -52,6 +53,7 @@ OPTIONS = {
     "InstanceNorm": [
         (3, {}, (4, 5, 3)),
         (3, {"feature_axes": 1, "epsilon": 0.1, "use_scale": False}, (4, 3, 2, 5)),
+        (3, {"bias_init": nnx.initializers.normal()}, (4, 1, 3)),
     ],
     "RMSNorm": [
         (6, {}, (4, 6)),

@@ -119,20 +119,6 @@ def test_bad_axes(kind, options, words):
         kind(features, **options, rngs=nnx.Rngs(0))(X)
 
 
-def test_single_values():
-    """One value has no variance: in training an error, in Flax beta and a variance of 0 that is kept."""
-    for kind in (nk.BatchNorm, nk.BatchRenorm, nk.GhostBatchNorm):
-        layer = kind(6, rngs=nnx.Rngs(0))
-        with pytest.raises(NormValueError, match="training needs at least 2 values per feature; got 1 for an input"):
-            layer(X[:1, 0])
-        layer(X[:1, 0], use_running_average=True)
-    with pytest.raises(NormValueError, match="a map needs at least 2 positions; got 1"):
-        nk.InstanceNorm(6, rngs=nnx.Rngs(0))(X[:, 0])
-    theirs = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
-    theirs(X[:1, 0])
-    assert (np.asarray(theirs.var[...]) < 1).all()
-
-
 @pytest.mark.parametrize("package", ["flax", "jax"])
 def test_missing_framework(package):
     code = f"""

@@ -65,7 +65,7 @@ def test_models_that_do_not_match_are_refused_and_left_alone(receiver, said):
 @pytest.mark.parametrize(
     ("model", "to", "options", "said"),
     [
-        (nn.BatchNorm2d(6), "tensorflow", {}, "a framework must be a known one; got 'tensorflow'"),
+        (nn.BatchNorm2d(6), "tensorflow", {}, "`framework` must be a known one; got 'tensorflow'"),
         (nn.Linear(3, 3), "torch", {}, "must hold norm layers to be ported; got Linear"),
         (3, "torch", {}, "a model must be a torch.nn.Module"),
         (nn.BatchNorm2d(6), "torch", {"axis": 2}, "`axis` must be 1 or -1; got 2"),

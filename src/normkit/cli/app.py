@@ -15,9 +15,10 @@ import typer
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
-from normkit.experiments.config import FRAMEWORKS, INPUTS, LOSSES, NORMS, OPTIMIZERS
+from normkit.experiments.config import INPUTS, LOSSES, NORMS, OPTIMIZERS
 from normkit.experiments.store import hidden
 from normkit.experiments.verb import TRIALS
+from normkit.frameworks import FRAMEWORKS
 
 __all__ = ["run"]
 

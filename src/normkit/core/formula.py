@@ -239,7 +239,10 @@ def _merged_weighted(
             value = _seen(xp, t.name, m, eps)
             # As without weights, too few values are none. A single one may come out of the division as 1.0000001.
             enough = xp.where(m.effective > spec.minimum - 1 + 1e-6, m.total, m.total * 0.0)
-            fewer = 1.0 - 1.0 / xp.clip(m.effective, 1.0, None) if t.bessel else 1.0
+            fewer = 1.0
+            if t.bessel:
+                fewer = xp.clip(m.effective, 1.0, None)
+                fewer = xp.where(fewer > 1 + 1e-6, 1.0 - 1.0 / fewer, fewer * 0.0)
             total = _added(total, _over_groups(xp, p, value * enough))
             # times 0: the weight in the shape of the statistic, to be summed with it
             weight = _added(weight, _over_groups(xp, p, value * 0.0 + enough * fewer))

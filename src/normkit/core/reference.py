@@ -154,12 +154,12 @@ def _kept_after(
         by_place.setdefault(place, []).append((mean, var, total, effective))
     for place, groups in by_place.items():
         enough = [g for g in groups if g[3] > spec.minimum - 1 + 1e-9]
-        if not enough:
+        weights = {t.name: [n * (1 - 1 / e) if t.bessel else n for _, _, n, e in enough] for t in spec.tracked}
+        if not all(map(any, weights.values())):  # of one of them nothing is known
             continue
         for t in spec.tracked:
             value = {"mean": lambda g: g[0], "var": lambda g: g[1], "std": lambda g: math.sqrt(g[1] + eps)}[t.name]
-            weights = [n * (1 - 1 / e) if t.bessel else n for _, _, n, e in enough]
-            batch = math.fsum(value(g) * g[2] for g in enough) / math.fsum(weights)
+            batch = math.fsum(value(g) * g[2] for g in enough) / math.fsum(weights[t.name])
             after[t.name][place] = before[t.name][place] + rate * (batch - before[t.name][place])
     return after
 

@@ -1,4 +1,4 @@
-"""The schedule of batch renormalization: plain batch norm first, then clips that open slowly."""
+"""What depends on the length of a training: the clips of batch renormalization, and the momentum of averages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Any, ClassVar
 from normkit.core.constraints import Constraint, Integer, Real, check
 from normkit.errors import NormValueError, message
 
-__all__ = ["RenormSchedule"]
+__all__ = ["MOMENTUM", "RenormSchedule", "momentum_for"]
+
+MOMENTUM = 0.99  # of the batch norms of Keras and of Flax
+
+
+def momentum_for(steps: int | None) -> float:
+    """Return the momentum of debiased averages for a training of so many steps, 0.99 at most.
+
+    The average reaches over a tenth of the training, and over ten steps at least, as PyTorch's does.
+    """
+    return MOMENTUM if steps is None else min(MOMENTUM, max(0.9, 1 - 10 / steps))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import html
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from normkit.experiments.files import write
 from normkit.experiments.protocol import training
 from normkit.experiments.results import SiteStats
 from normkit.experiments.sites import Sites
+from normkit.frameworks import framework_of
 
 __all__ = ["Activations", "activations"]
 
@@ -112,10 +112,12 @@ def activations(model: Any, batch: Any, *, train: bool = True) -> Activations:
     - gamma and beta of the norm that directly feeds it, or that it feeds.
 
     Nothing changes: modes, running statistics, hooks and random numbers are afterwards as before, and no gradient is
-    kept. Activations inside a fused operation, such as a recurrent layer, are not seen.
+    kept. Activations inside a fused operation, such as a recurrent layer, are not seen, and in Keras not those called
+    as functions inside a layer's `call` (see :func:`normkit.keras.probe.probe` and :func:`normkit.nnx.probe.probe`, each
+    with an example).
 
     Args:
-        model: a torch.nn.Module; its weights, type and device stay as they are.
+        model: a torch.nn.Module, a built Keras model or an nnx.Module; its weights, type and device stay as they are.
         batch: inputs of the model alone, without targets: a tensor or array (N, ...); a dictionary of them, which the
             model takes by name; a tuple or list of them, which it takes in order. Floating point values take the type
             of the model's weights. With a single sample no channel of a table is called constant.
@@ -126,7 +128,7 @@ def activations(model: Any, batch: Any, *, train: bool = True) -> Activations:
 
     Raises:
         NormTypeError: for a model of no known framework, a batch that is none, inputs that the model does not take.
-        NormValueError: where no activation is called, and for lazy layers.
+        NormValueError: where no activation is called, for lazy layers and for models of Keras that are not built.
 
     Example:
         >>> import normkit, torch
@@ -136,25 +138,15 @@ def activations(model: Any, batch: Any, *, train: bool = True) -> Activations:
         >>> [(site.name, site.activation, round(site.std, 2), site.gamma_mean) for site in seen.sites]
         [('2', 'relu', 1.0, 1.0)]
     """
-    framework = _framework(model)
     if not _is_batch(batch):
         must = "`batch` must be a tensor or an array, or a dictionary, tuple or list of them"
         raise NormTypeError(message(must, type(batch).__name__, "next(iter(loader))[0] takes the inputs of a loader"))
     name = type(model).__name__
-    sites = Sites().measure(training(framework).probe(model, batch, train=train))
+    sites = Sites().measure(training(framework_of(model)).probe(model, batch, train=train))
     if not sites:
         must = "`model` must call an activation, such as relu or gelu, outside of fused operations"
         raise NormValueError(message(must, f"{name}, which calls none"))
     return Activations(name, sites)
-
-
-def _framework(model: Any) -> str:
-    # A model of a framework that was never imported cannot exist.
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(model, torch.nn.Module):
-        return "torch"
-    got = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
-    raise NormTypeError(message("`model` must be a torch.nn.Module", got))
 
 
 def _is_batch(batch: Any) -> bool:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from normkit.core.catalog import CATALOG
 from normkit.errors import NormTypeError, NormValueError, message, nearest
+from normkit.frameworks import check_framework
 
 __all__ = [
-    "FRAMEWORKS",
     "GOALS",
     "INPUTS",
     "LOSSES",
@@ -34,7 +34,6 @@ __all__ = [
 
 PROTOCOL = 2  # raised whenever the same configuration would be trained or measured in another way
 MOMENTUM = 0.9
-FRAMEWORKS = ("torch", "keras", "nnx")
 INPUTS = ("none", "max", "minmax", "standard")
 MODELS = ("cnn", "mlp")
 LOSSES = ("cross_entropy", "mse", "mae")
@@ -194,7 +193,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_functions(self)
-        _check_framework(self.framework)
+        check_framework(self.framework)
         if self.norms is not None:
             # Stored as typed in canonical order of writing: `batch:before` and `batch` are one variant.
             labels = tuple(Variant.parse(norm).label for norm in _listed("norms", self.norms, str))
@@ -329,12 +328,6 @@ def _check_judging(config: Config) -> None:
     if metric == "accuracy" and not 0 < target <= 1:
         must = "`target` must be a share above 0 and at most 1"
         raise NormValueError(message(must, f"{target:g}", "95 % is written 0.95"))
-
-
-def _check_framework(framework: str) -> None:
-    if framework not in FRAMEWORKS:
-        must = "`framework` must be a known one"
-        raise NormValueError(message(must, repr(framework), nearest(framework, FRAMEWORKS)))
 
 
 def _listed(name: str, values: Any, kind: type | tuple[type, ...]) -> tuple[Any, ...]:

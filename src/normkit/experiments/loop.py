@@ -28,10 +28,11 @@ class _DivergedError(BaseException):
 class NormChoice:
     """The normalization of a trial: call it for a layer, or read its name.
 
-    `norm(num_features)` gives a layer for channels on axis 1 and any number of spatial axes, an identity for `none`;
-    `norm(num_features, activation)` one that normalizes before or after that activation, as the variant says;
-    `axis=-1` takes channels last. `str(norm)` is the short name (`batch:after`), for frameworks that we make no layers
-    for and for branches of your own.
+    `norm(num_features)` gives a layer for any number of spatial axes, an identity for `none`;
+    `norm(num_features, activation)` one that normalizes before or after that activation, as the variant says. It takes
+    what the framework's own `NormFactory` takes: `axis` is where the channels are, by default 1 in PyTorch and -1 in
+    Keras and Flax, and Keras needs no number of channels. `str(norm)` is the short name (`batch:after`), for frameworks
+    that we make no layers for and for branches of your own.
     """
 
     def __init__(self, label: str, make: Callable[[], Callable[..., Any]]) -> None:
@@ -39,11 +40,11 @@ class NormChoice:
         self._factory: Callable[..., Any] | None = None
         self.used = False
 
-    def __call__(self, num_features: int, activation: Any = None, *, axis: int = 1) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         """A layer of the framework that trains."""
         self.used = True
         self._factory = self._factory or self._make()
-        return self._factory(num_features, activation, axis=axis)
+        return self._factory(*arguments, **named)
 
     def __str__(self) -> str:
         self.used = True

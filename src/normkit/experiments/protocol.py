@@ -6,16 +6,18 @@ This is the only door from experiments to a framework, and it opens when a trial
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 from numpy.typing import NDArray
 
-from normkit.errors import MissingExtraError, NormError, message
+from normkit.core.algebra import remaining
+from normkit.core.schedule import MOMENTUM, momentum_for
+from normkit.frameworks import part
 
-__all__ = ["Batch", "Scores", "Setup", "SiteValues", "Trainer", "Training", "training"]
+__all__ = ["COMPILED", "Batch", "Scores", "Setup", "SiteValues", "Trainer", "Training", "debiased", "training"]
 
+COMPILED = "Steps are compiled before they are timed."
 Batch = tuple[Any, Any]  # inputs and targets: NumPy arrays, or whatever a loader of that framework gives
 
 
@@ -73,6 +75,9 @@ class Trainer(Protocol):
         Raises NormValueError for labels that the network has no output for.
         """
 
+    def prepare(self, x: Any, y: Any) -> None:
+        """Compile what a step on batches of this shape needs, where the framework compiles. Changes nothing."""
+
     def evaluate(self, batches: Iterable[Batch], *, as_trained: bool = False) -> Scores:
         """Score batches in evaluation mode; with `as_trained` in training mode. Changes nothing, buffers included."""
 
@@ -94,7 +99,10 @@ class Training(Protocol):
         """
 
     def norm_factory(self, norm: str, position: str, steps: int | None) -> Callable[..., Any]:
-        """The `norm` that a user's function calls: `norm(num_features, activation=None, *, axis=1)` gives a layer."""
+        """The `norm` that a user's function calls: `norm(num_features, activation=None, *, axis)` gives a layer.
+
+        `axis` is the framework's own by default; where its layers find the number of channels, it may be left out.
+        """
 
     def probe(self, model: Any, x: Any, *, train: bool = True) -> Sequence[SiteValues]:
         """As :meth:`Trainer.probe`, for any model of this framework."""
@@ -111,16 +119,20 @@ class Training(Protocol):
     def versions(self) -> dict[str, str]:
         """Names and versions of what trains."""
 
-    def remarks(self, steps: int) -> tuple[str, ...]:
-        """What a reader should know of trainings of so many steps with this framework, in sentences."""
+    def remarks(self, steps: int | None) -> tuple[str, ...]:
+        """What a reader should know of trainings of so many steps, None in a loop of the user's, in sentences."""
+
+
+def debiased(whose: str, steps: int | None) -> str:
+    """The sentence for a framework whose own moving averages would keep their first values for long."""
+    momentum = momentum_for(steps)
+    kept = f"Batch norms keep debiased moving averages with momentum {momentum:.3g}"
+    if steps is None or momentum == MOMENTUM:
+        return f"{kept}, which hold nothing of their first values at any time."
+    left = remaining(1 - MOMENTUM, steps)
+    return f"{kept}: {whose} own, {MOMENTUM}, would still hold {left:.0%} of their first values after {steps} steps."
 
 
 def training(framework: str) -> Training:
     """The training module of a framework. Raises MissingExtraError where the framework is not installed."""
-    try:
-        return cast(Training, importlib.import_module(f"normkit.{framework}.training"))
-    except NormError:
-        raise
-    except ImportError as error:
-        must = f"training with {framework} needs a package that is not installed ({error})"
-        raise MissingExtraError(message(must, hint=f"pip install 'normkit[{framework}]'")) from error
+    return cast(Training, part(framework, "training"))

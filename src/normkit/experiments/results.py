@@ -82,7 +82,8 @@ class TrialResult:
             where the trial diverged.
         train_losses: mean loss over the steps of each complete epoch; empty for a loop of the user's.
         steps: steps that were taken.
-        seconds: time in those steps, evaluation left out; of a loop of the user's the time between its reports.
+        seconds: time in those steps, evaluation and compilation left out; of a loop of the user's all the time outside
+            its reports.
         diverged: whether a loss or metric was not finite; training stopped there.
         final: the metric on the test part after training; of a loop what it returned, or else its last report. None
             where it diverged.

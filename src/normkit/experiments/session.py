@@ -122,9 +122,10 @@ class Session:
             goal = config.goal or GOALS[config.metric]
             task = Task(config.metric, goal, _target(config, config.metric))
         self.job = self.job._replace(config=config)
-        versions = self.training.versions() if self._framework_is_there() else {}
+        there = self._framework_is_there()
+        versions, notes = (self.training.versions(), self.training.remarks(None)) if there else ({}, ())
         trials = tuple(config.trials(self._fingerprint(), ""))
-        return Plan(self.job, task, "", trials, {}, (), versions)
+        return Plan(self.job, task, "", trials, {}, notes, versions)
 
     def _plan_model(self) -> Plan:
         self.job.config.check_model()

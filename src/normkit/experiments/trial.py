@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,7 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
     curve = [_evaluation(0, 0.0, trainer.evaluate(validation))]
     train_losses: list[float] = []
     times: list[float] = []
+    prepared: set[Any] = set()
     diverged = not _finite(curve[0])
     for epoch in range(config.epochs):
         if diverged:
@@ -86,6 +87,9 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
         seed_everything(epoch_seed(config.seed, epoch), training)
         losses: list[float] = []
         for x, y in feed.batches(config.inputs, config.batch_size, config.seed, epoch):
+            if (shapes := _shapes((x, y))) not in prepared:
+                trainer.prepare(x, y)
+                prepared.add(shapes)
             begun = time.perf_counter()
             loss = trainer.step(x, y)
             times.append(time.perf_counter() - begun)
@@ -137,6 +141,13 @@ def _first(batches: list[Batch]) -> Any:
         return x
     samples, values = PROBE
     return x[: min(samples, max(8, values // max(1, math.prod(x.shape[1:]))))]
+
+
+def _shapes(batch: Any) -> Any:
+    """What a framework compiles a step for."""
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    return tuple(map(_shapes, batch)) if isinstance(batch, tuple | list) else getattr(batch, "shape", None)
 
 
 def _gap(trainer: Trainer, feed: Feed, config: TrialConfig) -> Gap | None:

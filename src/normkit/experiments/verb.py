@@ -64,7 +64,8 @@ def compare(
     Args:
         model: `cnn` or `mlp`; by default the convolutional network for images, the perceptron for tables. Or a function
             `build(norm)` that returns a network, itself or as `file.py:build`; in it `norm(num_features)` gives a
-            layer, `norm(num_features, activation)` one with its activation, in the order that the variant says.
+            layer, `norm(num_features, activation)` one with its activation, in the order that the variant says. In
+            Keras `norm()` and `norm(activation="relu")` do; in Flax NNX it is `build(norm, rngs)`.
         data: `digits`, the path of an .npz file with x_train, y_train, x_test, y_test, a name or id of OpenML,
             `file.py:name`, or the thing itself: those four arrays, data sets, or loaders (train, validation, test).
         run: instead of both, a training loop `train(trial)`, itself or as `file.py:train`: any task and framework. It
@@ -82,7 +83,7 @@ def compare(
             name of what it reports.
         goal: `max` or `min`, for a metric of your own.
         target: value of the metric whose first crossing is timed; 0.95 for accuracy.
-        framework: what trains.
+        framework: what trains: `torch`, `keras` (on the backend that KERAS_BACKEND names) or `nnx`.
         workers: processes, one thread each; by default one per core.
         storage: where trials are kept, a storage URL of Optuna; by default `trials.db` in `out`. With neither nothing
             is kept.

@@ -10,23 +10,14 @@ import keras
 from normkit.core.algebra import usual_groups
 from normkit.core.catalog import find
 from normkit.core.constraints import Integer, check
-from normkit.core.schedule import RenormSchedule
+from normkit.core.schedule import RenormSchedule, momentum_for
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.keras import layers
 
-__all__ = ["NormFactory", "momentum_for", "norm_factory", "norm_layer"]
+__all__ = ["NormFactory", "norm_factory", "norm_layer"]
 
-MOMENTUM = 0.99  # of Keras' own batch norm
 # In a short run the statistics must follow within it, and before the clips of renorm open.
 _RENORM_MOMENTUM = 0.95
-
-
-def momentum_for(steps: int | None) -> float:
-    """Return the momentum of moving averages for a training of so many steps: at most Keras' own, 0.99.
-
-    The average reaches over a tenth of the training, and over ten steps at least, as PyTorch's does.
-    """
-    return MOMENTUM if steps is None else min(MOMENTUM, max(0.9, 1 - 10 / steps))
 
 
 def norm_layer(name: str, *, axis: int = -1, steps: int | None = None) -> keras.layers.Layer:

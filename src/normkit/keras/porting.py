@@ -12,14 +12,9 @@ from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.keras import layers as ours
 
-__all__ = ["make", "owns", "read", "walk", "write"]
+__all__ = ["make", "read", "walk", "write"]
 
 _KEPT = {"mean": "moving_mean", "var": "moving_variance"}
-
-
-def owns(value: Any) -> bool:
-    """Whether this is a model or layer of this framework."""
-    return isinstance(value, keras.layers.Layer)
 
 
 def walk(model: Any) -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,7 @@ import contextlib
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -19,7 +19,7 @@ from normkit.errors import NormTypeError, NormValueError, message
 if TYPE_CHECKING:
     from normkit.experiments.protocol import SiteValues
 
-__all__ = ["as_arrays", "check_built", "named_layers", "own_errors", "probe", "untouched"]
+__all__ = ["as_arrays", "check_built", "named_layers", "own_errors", "probe", "restored", "untouched"]
 
 _LAYERS = {
     keras.layers.ReLU: "relu",
@@ -50,6 +50,13 @@ def probe(model: Any, x: Any, *, train: bool = True) -> Sequence[SiteValues]:
         train: with `training=True`, else in inference.
 
     Raises NormValueError for a model that is not built, and whatever the model raises.
+
+    >>> import normkit
+    >>> from keras import layers
+    >>> model = keras.Sequential([keras.Input((8,)), layers.Dense(16), layers.BatchNormalization(), layers.ReLU()])
+    >>> seen = normkit.activations(model, np.random.default_rng(0).normal(size=(64, 8)))
+    >>> [(site.name, site.activation, round(site.std, 1), site.gamma_mean) for site in seen.sites]
+    [('re_lu', 'relu', 1.0, 1.0)]
     """
     check_built(model)
     watch = _Watch(model)
@@ -108,13 +115,20 @@ def named_layers(model: Any) -> Iterator[tuple[str, Any]]:
 @contextlib.contextmanager
 def untouched(model: Any) -> Iterator[None]:
     """Leave variables and random numbers as they were. Inside, no gradients are kept."""
-    variables = [(variable, _array(variable)) for variable in model.non_trainable_variables]
+    with restored(model.non_trainable_variables), _without_gradients():
+        yield
+
+
+@contextlib.contextmanager
+def restored(variables: Iterable[keras.Variable]) -> Iterator[None]:
+    """Leave these variables and the random numbers as they were."""
+    held = [(variable, _array(variable)) for variable in variables]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # a user's call may draw from them
-    with own_errors(), _without_gradients():
+    with own_errors(), _forked():
         try:
             yield
         finally:
-            for variable, value in variables:
+            for variable, value in held:
                 variable.assign(value)
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
@@ -132,15 +146,21 @@ def own_errors() -> Iterator[None]:
             keras.config.enable_traceback_filtering()
 
 
-@contextlib.contextmanager
-def _without_gradients() -> Iterator[None]:
+def _forked() -> contextlib.AbstractContextManager[Any]:
+    """Random numbers of PyTorch's own, where it computes."""
     if keras.config.backend() != "torch":
-        yield
-        return
+        return contextlib.nullcontext()
     import torch
 
-    with torch.random.fork_rng(), torch.no_grad():
-        yield
+    return torch.random.fork_rng()
+
+
+def _without_gradients() -> contextlib.AbstractContextManager[Any]:
+    if keras.config.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
 
 
 class _Watch:

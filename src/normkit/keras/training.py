@@ -15,12 +15,11 @@ import numpy as np
 from keras import ops, tree
 from numpy.typing import NDArray
 
-from normkit.core.algebra import remaining
 from normkit.errors import NormValueError, message
 from normkit.keras import objectives
-from normkit.keras.factory import MOMENTUM, momentum_for, norm_factory
+from normkit.keras.factory import norm_factory
 from normkit.keras.models import build, initialize, weighted_layers
-from normkit.keras.probe import as_arrays, check_built, own_errors, probe, untouched
+from normkit.keras.probe import as_arrays, check_built, own_errors, probe, restored, untouched
 
 if TYPE_CHECKING:
     from normkit.experiments.protocol import Batch, Scores, Setup, SiteValues
@@ -64,6 +63,11 @@ class KerasTrainer:
                     raise
                 must = "the loss must depend on the outputs in a way that has a gradient"
                 raise NormValueError(message(must, "a constant", "use keras.ops in it and not NumPy")) from error
+
+    def prepare(self, x: Any, y: Any) -> None:
+        """Compile what a step on batches of this shape needs; changes nothing."""
+        with restored((*self.network.variables, *self.compiled.optimizer.variables)):
+            self.step(x, y)
 
     def evaluate(self, batches: Iterable[Batch], *, as_trained: bool = False) -> Scores:
         """Score batches, in inference or `as_trained`; changes nothing, moving statistics included.
@@ -255,13 +259,11 @@ def versions() -> dict[str, str]:
 
 
 def remarks(steps: int | None) -> tuple[str, ...]:
-    """What a reader should know of trainings of so many steps, in sentences."""
-    momentum = momentum_for(steps)
-    kept = f"Batch norms keep debiased moving averages with momentum {momentum:.3g}"
-    if steps is None or momentum == MOMENTUM:
-        return (f"{kept}, which hold nothing of their first values at any time.",)
-    left = remaining(1 - MOMENTUM, steps)
-    return (f"{kept}: Keras' own, {MOMENTUM}, would still hold {left:.0%} of their first values after {steps} steps.",)
+    """What a reader should know of trainings of so many steps, None in a loop of the user's, in sentences."""
+    from normkit.experiments.protocol import COMPILED, debiased
+
+    compiled = steps is not None and keras.config.backend() != "torch"
+    return (debiased("Keras'", steps), COMPILED) if compiled else (debiased("Keras'", steps),)
 
 
 def turned(x: Any) -> Any:

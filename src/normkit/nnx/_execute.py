@@ -18,11 +18,11 @@ from flax.nnx.nn.dtypes import canonicalize_dtype
 from jax import lax
 
 from normkit.core.axes import Sizes
-from normkit.core.plan import NormPlan, count, parts, plan, product
+from normkit.core.plan import NormPlan, plan, product
 from normkit.core.spec import NormSpec
 from normkit.errors import NormRuntimeError, NormTypeError, NormValueError, message
 
-__all__ = ["array", "canonical", "check_features", "check_values", "finish", "lanes", "placed", "prepare", "promoted"]
+__all__ = ["array", "canonical", "check_features", "finish", "lanes", "placed", "prepare", "promoted"]
 
 
 def canonical(owner: str, name: str, axes: Any, ndim: int) -> tuple[int, ...]:
@@ -40,14 +40,15 @@ def placed(
     """Return an entry of the catalog, its axes where Flax' numbers put them, and its plan.
 
     `over` are the axes of the statistics and `features` those of gamma. Axis `split` is the one that the entry writes
-    as `(outer inner)`, statistics being taken over its inner part.
+    as `(outer inner)`, statistics being taken over its inner part. A single value is enough, as in Flax.
     """
     names: list[tuple[str, ...]] = [(f"a{i}",) for i in range(ndim)]
     if split is not None:
         names[split] = next(token for token in spec.axes if len(token) == 2)
     x = " ".join(f"({' '.join(name)})" if len(name) == 2 else name[0] for name in names)
     inner = " ".join(names[axis][-1] for axis in over)
-    found = replace(spec, x=x, over=inner, affine=" ".join(" ".join(names[axis]) for axis in features))
+    affine = " ".join(" ".join(names[axis]) for axis in features)
+    found = replace(spec, x=x, over=inner, affine=affine, minimum=1)
     return found, plan(found, ndim, sizes)
 
 
@@ -67,17 +68,6 @@ def check_features(owner: str, x: Any, features: tuple[int, ...], length: int) -
         raise NormValueError(message(must, f"shape {tuple(x.shape)}"))
 
 
-def check_values(owner: str, spec: NormSpec, p: NormPlan, shape: tuple[int, ...], devices: int) -> None:
-    """Refuse statistics of a single value where values are samples or positions."""
-    if spec.minimum < 2 or any(count(p, view) * devices != 1 for _, _, view in parts(p, shape)):
-        return
-    samples = bool(spec.tracked)
-    what = "training needs at least 2 values per feature" if samples else "a map needs at least 2 positions"
-    hint = "a larger batch, without a short last one, use_running_average=True, or a GroupNorm"
-    hint = hint if samples else "normalize before pooling to a single position, or use a LayerNorm or GroupNorm"
-    raise NormValueError(message(f"{owner}: {what}", f"1 for an input of shape {shape}", hint))
-
-
 def promoted(layer: Any, x: Any, *kept: Any) -> tuple[Any, Any, Any, Any]:
     """Return (x, scale, bias, type of the result): Flax' own promotion, then widened to at least float32.
 
@@ -94,13 +84,13 @@ def promoted(layer: Any, x: Any, *kept: Any) -> tuple[Any, Any, Any, Any]:
     return x.astype(wide), named.get("scale"), named.get("bias"), result
 
 
-def lanes(owner: str, axis_name: Any, groups: Any) -> tuple[Any, int]:
-    """Return (the namespace for the formulas, number of devices): its sums go over the devices as well.
+def lanes(owner: str, axis_name: Any, groups: Any) -> Any:
+    """Return the namespace for the formulas; its sums go over the devices as well.
 
     Sums of counts do too, so devices with few real positions, or none, weigh what they have.
     """
     if axis_name is None:
-        return jnp, 1
+        return jnp
 
     def total(a: Any, axis: Any = None, keepdims: bool = False) -> Any:
         part = jnp.sum(a, axis=axis, keepdims=keepdims)
@@ -111,13 +101,13 @@ def lanes(owner: str, axis_name: Any, groups: Any) -> tuple[Any, int]:
             raise NormRuntimeError(message(must, groups, "shard_map(..., check_vma=False) and pmap do")) from None
 
     try:
-        devices = lax.psum(1, axis_name, axis_index_groups=groups)
+        lax.axis_index(axis_name)
     except NameError:
         must = f"{owner}: axis_name={axis_name!r} must be the name of an axis that is mapped over"
         hint = f"call it in jax.shard_map over a mesh with that axis or in nnx.vmap(..., axis_name={axis_name!r})"
         raise NormRuntimeError(message(must, hint=f"{hint}; under plain jit leave axis_name out")) from None
     names = ("reshape", "sqrt", "where", "clip", "concatenate")
-    return SimpleNamespace(sum=total, **{name: getattr(jnp, name) for name in names}), int(devices)
+    return SimpleNamespace(sum=total, **{name: getattr(jnp, name) for name in names})
 
 
 class Input(NamedTuple):

@@ -11,23 +11,14 @@ from flax import errors, nnx
 from normkit.core.algebra import usual_groups
 from normkit.core.catalog import find
 from normkit.core.constraints import Integer, check
-from normkit.core.schedule import RenormSchedule
+from normkit.core.schedule import RenormSchedule, momentum_for
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.nnx import layers
 
-__all__ = ["Block", "Identity", "NormFactory", "momentum_for", "norm_factory", "norm_layer"]
+__all__ = ["Block", "Identity", "NormFactory", "norm_factory", "norm_layer"]
 
-MOMENTUM = 0.99  # of Flax' own batch norm
 # In a short run the running statistics must follow within it, and before the clips of renorm open.
 _RENORM_MOMENTUM = 0.95
-
-
-def momentum_for(steps: int | None) -> float:
-    """Momentum of running statistics in a training of so many steps: at most Flax' own, 0.99.
-
-    The average reaches over a tenth of the training, and over ten steps at least, as PyTorch's does.
-    """
-    return MOMENTUM if steps is None else min(MOMENTUM, max(0.9, 1 - 10 / steps))
 
 
 def norm_layer(name: str, num_features: int, *, axis: int = -1, steps: int | None = None) -> nnx.Module:

@@ -14,7 +14,6 @@ type of the result, and on the same weights the same numbers. What is different:
   device has the same shape everywhere; unequal batches are padded and masked.
 - `sample_weight`, real and >= 0, of the shape of a mask or (N,): weights of positions, of which only the proportions
   count.
-- A single value per statistic is an error in batch and instance norm: it has no variance.
 
 Statistics are state, which only `nnx.jit`, `nnx.grad`, `nnx.vmap` and the like, or `nnx.split` and, inside of the
 function, `nnx.merge(..., copy=True)`, can carry through a transform. Under `vmap` either give `axis_name` to layer and
@@ -132,8 +131,7 @@ class _Tracking:
             x, real, _ = _execute.prepare(owner, x, features, mask, short=True)
             return _execute.finish(formula.evaluate(jnp, spec, p, x, kept, scale, bias, eps=self.epsilon), real, result)
         # A ghost batch is one device's own; what it kept is shared.
-        shared, devices = _execute.lanes(owner, self.axis_name, self.axis_index_groups)
-        _execute.check_values(owner, spec, p, x.shape, 1 if ghost else devices)
+        shared = _execute.lanes(owner, self.axis_name, self.axis_index_groups)
         across = (self.axis_name, self.axis_index_groups)
         x, real, weight = _execute.prepare(owner, x, features, mask, sample_weight, short=True, across=across)
         correct = None
@@ -202,7 +200,8 @@ class BatchNorm(_Tracking, nnx.BatchNorm):
     Training (`use_running_average=False`): mean and biased variance of the batch, over all axes but the features'. Then
     `kept = momentum * kept + (1 - momentum) * batch`, with the biased variance as in Flax unless `bessel=True`.
     Evaluation: the kept statistics; nothing is read from the batch. The paper averages the statistics of many batches
-    once, after training, with the unbiased variance; the running average is what practice settled on.
+    once, after training, with the unbiased variance; the running average is what practice settled on. A single value
+    per feature has the variance 0: it normalizes to bias, as in Flax.
 
     First values: scale 1, bias 0, mean 0, var 1. With Flax' momentum of 0.99 those still weigh 0.37 after 100 steps,
     so evaluation is far off early in training: `debiased=True` or `momentum=None` is right from step 1.
@@ -229,7 +228,7 @@ class BatchNorm(_Tracking, nnx.BatchNorm):
         debiased: take out what the first values still weigh, at every step. Adds a variable `count`, as momentum=None.
 
     Raises:
-        NormValueError: in training with one value per feature; for inputs that do not fit.
+        NormValueError: for inputs that do not fit.
         NormRuntimeError: where the statistics cannot be written, see the top of this module.
 
     >>> import jax.numpy as jnp
@@ -439,7 +438,8 @@ class InstanceNorm(nnx.InstanceNorm):
 
     y = (x - mean) / sqrt(var + epsilon) * scale + bias.
 
-    Shapes: input (N, *S, C), output the same; scale and bias (C,). Training and evaluation are the same.
+    Shapes: input (N, *S, C), output the same; scale and bias (C,). A map of a single position normalizes to bias.
+    Training and evaluation are the same.
 
     First values: scale 1, bias 0.
 
@@ -449,7 +449,7 @@ class InstanceNorm(nnx.InstanceNorm):
         arguments: as `flax.nnx.InstanceNorm`.
 
     Raises:
-        NormValueError: for maps of a single position, which have no variance; for inputs that do not fit.
+        NormValueError: for inputs that do not fit.
 
     >>> import jax.numpy as jnp
     >>> import numpy as np
@@ -564,8 +564,7 @@ def _untracked(
     _execute.check_features(owner, x, features, length)
     spec, p = _execute.placed(spec, x.ndim, over, features, split, sizes)
     x, scale, bias, result = _execute.promoted(layer, x)
-    xp, devices = _execute.lanes(owner, layer.axis_name, layer.axis_index_groups)
-    _execute.check_values(owner, spec, p, x.shape, devices)
+    xp = _execute.lanes(owner, layer.axis_name, layer.axis_index_groups)
     across = (layer.axis_name, layer.axis_index_groups)
     x, real, weight = _execute.prepare(owner, x, features, mask, sample_weight, short=short, across=across)
     y, _ = formula.normalize(xp, spec, p, x, scale, bias, eps=layer.epsilon, weight=weight)

@@ -61,6 +61,13 @@ def probe(model: nnx.Module, x: Any, *, train: bool = True) -> Sequence[SiteValu
         train: as after model.train(), else as after model.eval().
 
     Raises NormTypeError where the model does not take such inputs, and whatever the model raises.
+
+    >>> import normkit
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs), jax.nn.relu)
+    >>> seen = normkit.activations(model, np.random.default_rng(0).normal(size=(64, 8)))
+    >>> [(site.name, site.activation, round(site.std, 1), site.gamma_mean) for site in seen.sites]
+    [('Sequential', 'relu', 1.0, 1.0)]
     """
     copy = nnx.clone(model)
     if train:

@@ -21,10 +21,9 @@ import optax
 from flax import nnx
 from numpy.typing import NDArray
 
-from normkit.core.algebra import remaining
 from normkit.errors import NormValueError, message
 from normkit.nnx import objectives
-from normkit.nnx.factory import MOMENTUM, momentum_for, norm_factory
+from normkit.nnx.factory import norm_factory
 from normkit.nnx.models import build, weighted_layers
 from normkit.nnx.probe import converted, floating, forward, probe, probe_parts
 
@@ -81,18 +80,18 @@ class NNXTrainer:
         Raises NormValueError where outputs and targets do not fit the loss, and for a batch of one sample in a network
         with batch norm.
         """
-        loss, classes, gradients, rest = _gradients(
-            self._training, self._loss, self._parameters, self._rest, self._given(x), converted(y, self._kind)
-        )
+        loss, classes, gradients, rest = self._gradients(x, y)
         self._check_labels(classes, y)
         if not self._stepped and not isinstance(self._loss, str) and not any(map(jnp.any, jax.tree.leaves(gradients))):
             must = "the loss must depend on the outputs in a way that has a gradient"
             raise NormValueError(message(must, "a constant", "do not use stop_gradient or NumPy in it"))
         self._stepped, self._rest = True, rest
-        self._parameters, self._optimizer_state = _updated(
-            self._optimizer, self._rate, gradients, self._optimizer_state, self._parameters
-        )
+        self._parameters, self._optimizer_state = self._updated(gradients)
         return float(loss)
+
+    def prepare(self, x: Any, y: Any) -> None:
+        """Compile what a step on batches of this shape needs; changes nothing."""
+        jax.block_until_ready(self._updated(self._gradients(x, y)[2]))
 
     def evaluate(self, batches: Iterable[Batch], *, as_trained: bool = False) -> Scores:
         """Score batches, in evaluation mode or `as_trained`; changes nothing, statistics included.
@@ -134,6 +133,13 @@ class NNXTrainer:
         """A copy of the weights of the dense and convolutional layers, by their order."""
         layers = weighted_layers(self.network)
         return {f"layer {number}": np.array(layer.kernel[...]) for number, layer in enumerate(layers)}
+
+    def _gradients(self, x: Any, y: Any) -> Any:
+        targets = converted(y, self._kind)
+        return _gradients(self._training, self._loss, self._parameters, self._rest, self._given(x), targets)
+
+    def _updated(self, gradients: Any) -> Any:
+        return _updated(self._optimizer, self._rate, gradients, self._optimizer_state, self._parameters)
 
     def _given(self, x: Any) -> Any:
         return converted(x, self._kind, _channels_last)
@@ -207,14 +213,11 @@ def versions() -> dict[str, str]:
     return {"jax": jax.__version__, "flax": flax.__version__}
 
 
-def remarks(steps: int) -> tuple[str, ...]:
-    """What a reader should know of trainings of so many steps with this framework, in sentences."""
-    momentum = momentum_for(steps)
-    kept = f"Batch norms keep debiased running statistics with momentum {momentum:.3g}"
-    if momentum == MOMENTUM:
-        return (f"{kept}, which hold nothing of their first values at any time.",)
-    left = remaining(1 - MOMENTUM, steps)
-    return (f"{kept}: Flax' own, {MOMENTUM}, would still hold {left:.0%} of their first values after {steps} steps.",)
+def remarks(steps: int | None) -> tuple[str, ...]:
+    """What a reader should know of trainings of so many steps, None in a loop of the user's, in sentences."""
+    from normkit.experiments.protocol import COMPILED, debiased
+
+    return (debiased("Flax'", steps),) if steps is None else (debiased("Flax'", steps), COMPILED)
 
 
 def _built(function: Callable[..., Any], setup: Setup) -> nnx.Module:

@@ -206,7 +206,8 @@ def following(comparison: Comparison) -> str | None:
     """The command to run next, where there is an obvious one."""
     config, command = comparison.config, comparison.environment.get("command")
     if config.run is None and (config.model in MODELS or config.data == "digits"):
-        return "normkit compare mymodel.py:build --data my.npz"
+        framework = "" if config.framework == "torch" else f" --framework {config.framework}"
+        return f"normkit compare mymodel.py:build --data my.npz{framework}"
     if command and config.seeds < _ENOUGH:
         return re.sub(r" --seeds[ =]\d+", "", command) + " --seeds 10"
     return None

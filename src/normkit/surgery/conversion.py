@@ -6,7 +6,8 @@ from typing import Any
 
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, NormValueError, message
-from normkit.surgery.protocol import Porting, framework_of, porting
+from normkit.frameworks import framework_of
+from normkit.surgery.protocol import Porting, porting
 
 __all__ = ["port"]
 

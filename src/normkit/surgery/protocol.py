@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 from numpy.typing import NDArray
 
 from normkit.core.record import NormRecord
-from normkit.errors import MissingExtraError, NormError, NormTypeError, NormValueError, message, nearest
+from normkit.errors import NormTypeError, message
+from normkit.frameworks import part
 
-__all__ = ["FRAMEWORKS", "Porting", "Recording", "framework_of", "porting", "recording"]
-
-# Each with the package that is loaded wherever there is a model of it. Keras first: on PyTorch its layers are modules
-# of torch as well.
-FRAMEWORKS = {"keras": "keras", "nnx": "flax", "torch": "torch"}
+__all__ = ["Porting", "Recording", "porting", "recording"]
 
 
 class Porting(Protocol):
     """The module `normkit.<framework>.porting`."""
-
-    def owns(self, value: Any) -> bool:
-        """Whether this is a model or layer of this framework."""
 
     def walk(self, model: Any) -> Iterator[tuple[str, Any]]:
         """Every norm layer that can be read, with its path, once."""
@@ -65,28 +57,9 @@ def recording(framework: str) -> Recording:
     if framework == "nnx":
         must = "recalibrating a model of Flax NNX is not available yet"
         raise NormTypeError(message(must, hint="collect the moments of its inputs with normkit.core.algebra.merge"))
-    return cast(Recording, importlib.import_module(f"normkit.{framework}.recording"))
+    return cast(Recording, part(framework, "recording"))
 
 
 def porting(framework: str) -> Porting:
     """The porting module of a framework. Raises NormValueError or MissingExtraError where there is none."""
-    if framework not in FRAMEWORKS:
-        must = "a framework must be a known one"
-        raise NormValueError(message(must, repr(framework), nearest(framework, FRAMEWORKS)))
-    try:
-        return cast(Porting, importlib.import_module(f"normkit.{framework}.porting"))
-    except NormError:
-        raise
-    except ImportError as error:
-        must = f"{framework} needs a package that is not installed ({error})"
-        raise MissingExtraError(message(must, hint=f"pip install 'normkit[{framework}]'")) from error
-
-
-def framework_of(value: Any) -> str:
-    """The framework of a model or layer. Raises NormTypeError for anything else."""
-    for name, package in FRAMEWORKS.items():
-        # A model of a framework that was never imported cannot exist.
-        if package in sys.modules and porting(name).owns(value):
-            return name
-    must = "a model must be a torch.nn.Module, a Keras layer or model, or an nnx.Module"
-    raise NormTypeError(message(must, type(value).__name__))
+    return cast(Porting, part(framework, "porting"))

@@ -10,7 +10,8 @@ import numpy as np
 
 from normkit.core.algebra import Pooled, merge, unbiased
 from normkit.errors import NormTypeError, NormValueError, message
-from normkit.surgery.protocol import framework_of, recording
+from normkit.frameworks import framework_of
+from normkit.surgery.protocol import recording
 
 __all__ = ["recalibrate"]
 

@@ -13,14 +13,9 @@ from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.torch import factory, layers
 
-__all__ = ["make", "owns", "read", "walk", "write"]
+__all__ = ["make", "read", "walk", "write"]
 
 _NAMES = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var", "std": "running_std"}
-
-
-def owns(value: Any) -> bool:
-    """Whether this is a model or layer of this framework."""
-    return isinstance(value, nn.Module)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -63,6 +63,9 @@ class TorchTrainer:
         self.optimizer.step()
         return loss.item()
 
+    def prepare(self, x: Any, y: Any) -> None:
+        """Nothing: an eager step is not compiled."""
+
     def evaluate(self, batches: Iterable[Batch], *, as_trained: bool = False) -> Scores:
         """Score batches, in evaluation mode or `as_trained`; changes nothing, buffers included.
 
@@ -199,6 +202,6 @@ def _size(targets: Any) -> int:
     return len(targets)
 
 
-def remarks(steps: int) -> tuple[str, ...]:  # noqa: ARG001  # other frameworks' first statistics last longer
+def remarks(steps: int | None) -> tuple[str, ...]:  # noqa: ARG001  # other frameworks' first statistics last longer
     """What a reader should know of trainings of so many steps: nothing, torch's momentum forgets within a few tens."""
     return ()

@@ -110,8 +110,9 @@ def test_no_optimizer_steps_while_a_file_is_imported(kind):
 
 def test_short_trainings_leave_nothing_of_the_first_statistics_and_say_so():
     for steps, momentum in ((5, 0.9), (100, 0.9), (200, 0.95), (1000, 0.99), (None, 0.99)):
-        assert factory.momentum_for(steps) == pytest.approx(momentum)
-        (said,) = training.remarks(steps)
+        said, *more = training.remarks(steps)
+        compiles = steps is not None and keras.config.backend() != "torch"
+        assert more == ["Steps are compiled before they are timed."] * compiles
         assert f"debiased moving averages with momentum {momentum:g}" in said
         assert ("would still hold" in said) == (momentum < 0.99)
     assert "0.99, would still hold 14% of their first values after 198 steps" in training.remarks(198)[0]
@@ -580,12 +581,26 @@ def test_as_trained_scores_with_the_statistics_of_the_batch():
         assert made.evaluate([(x, LABELS)], as_trained=as_trained).loss == pytest.approx(expected, rel=1e-4)
 
 
+def dropping(norm):
+    return keras.Sequential([keras.layers.Dense(8), norm(), keras.layers.Dropout(0.5), keras.layers.Dense(3)])
+
+
+def test_preparing_changes_nothing():
+    prepared, other = (trainer(dropping, norm="renorm", optimizer="adam") for _ in range(2))
+    losses = []
+    for made in (prepared, other):
+        training.seed(1)  # on PyTorch dropout draws from its global numbers
+        if made is prepared:
+            made.prepare(TABLE, LABELS)
+        losses.append([made.step(TABLE, LABELS) for _ in range(2)])
+    assert losses[0] == losses[1]
+    for ours, theirs in zip(prepared.network.variables, other.network.variables, strict=True):
+        np.testing.assert_array_equal(array(ours), array(theirs))
+
+
 @pytest.mark.parametrize("as_trained", [False, True])
 def test_scoring_leaves_the_network_as_it_was(as_trained):
-    def build(norm):
-        return keras.Sequential([keras.layers.Dense(8), norm(), keras.layers.Dropout(0.5), keras.layers.Dense(3)])
-
-    made = trainer(build, norm="batch")
+    made = trainer(dropping, norm="batch")
     before = [array(variable) for variable in made.network.variables]
     state = random.getstate()
     one, other = (made.evaluate([(TABLE, LABELS)] * 2, as_trained=as_trained).loss for _ in range(2))
