@@ -83,10 +83,10 @@ def test_a_backend_of_keras_that_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / "tensorflow.py").write_text("raise ModuleNotFoundError('hidden', name='tensorflow')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
-    with pytest.raises(MissingExtraError, match="Keras needs its backend, tensorflow, .*or set KERAS_BACKEND"):
+    with pytest.raises(MissingExtraError, match=r"Keras needs its backend, tensorflow, .*or set KERAS_BACKEND"):
         normkit.compare("mlp", framework="keras", norms=("none",), lrs=(0.1,), seeds=1, epochs=1, workers=1)
 
 
 def test_an_unknown_framework_is_told_the_nearest():
-    with pytest.raises(NormValueError, match="got 'kears'. hint: did you mean keras"):
+    with pytest.raises(NormValueError, match=r"got 'kears'. hint: did you mean keras"):
         part("kears", "training")

@@ -113,8 +113,7 @@ def activations(model: Any, batch: Any, *, train: bool = True) -> Activations:
 
     Nothing changes: modes, running statistics, hooks and random numbers are afterwards as before, and no gradient is
     kept. Activations inside a fused operation, such as a recurrent layer, are not seen, and in Keras not those called
-    as functions inside a layer's `call` (see :func:`normkit.keras.probe.probe` and :func:`normkit.nnx.probe.probe`, each
-    with an example).
+    as functions inside a layer's `call` (examples: :func:`normkit.keras.probe.probe`, :func:`normkit.nnx.probe.probe`).
 
     Args:
         model: a torch.nn.Module, a built Keras model or an nnx.Module; its weights, type and device stay as they are.
