@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from normkit.errors import NormError as NormError
     from normkit.experiments import compare as compare
     from normkit.experiments.activations import activations as activations
+    from normkit.surgery.adaptation import adapt as adapt
     from normkit.surgery.conversion import port as port
     from normkit.surgery.freezing import freeze as freeze
     from normkit.surgery.freezing import param_groups as param_groups
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOME = {
     "NormError": "normkit.errors",
     "activations": "normkit.experiments.activations",
+    "adapt": "normkit.surgery.adaptation",
     "compare": "normkit.experiments",
     "freeze": "normkit.surgery.freezing",
     "groups_for": "normkit.core.algebra",
