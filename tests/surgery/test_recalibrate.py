@@ -403,7 +403,7 @@ def test_without_a_loss_the_change_of_the_outputs_is_measured():
         ({"loss": nn.functional.mse_loss}, "`loss` needs data to be measured on"),
         ({"loss": "mse", "held_out": []}, "`loss` must be a function of outputs and targets; got 'mse'"),
         ({"held_out": iter([])}, "`held_out` must be data that can be read several times"),
-        ({"held_out": []}, "`held_out` must hold at least one batch"),
+        ({"held_out": []}, "data to measure on must hold at least one batch"),
         ({"steps": 0}, "`steps` must be None or a whole number of at least 1"),
     ],
 )

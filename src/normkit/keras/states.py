@@ -7,6 +7,7 @@ from typing import Any
 
 from normkit.errors import NormValueError, message
 from normkit.keras.porting import is_norm
+from normkit.keras.probe import check_built
 
 __all__ = ["freeze", "grouped", "unfreeze"]
 
@@ -37,6 +38,7 @@ def unfreeze(model: Any) -> int:
 
 def grouped(model: Any, weight_decay: float, biases: bool) -> list[dict[str, Any]]:
     """See `normkit.surgery.protocol.States`."""
+    check_built(model)
     exempt = {id(variable) for layer in _layers(model) for variable in _undecayed(layer, biases)}
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": value} for value in (weight_decay, 0.0)]
     for variable in {id(variable): variable for variable in model.trainable_variables}.values():

@@ -147,15 +147,15 @@ def _nothing() -> None:
 def _measure(
     side: Recording, model: Any, data: Any, steps: int | None, held_out: Any, loss: Callable[[Any, Any], Any] | None
 ) -> Measure:
+    """The loss where there is one, else the entropy of scores of classes, else the change of the outputs."""
     if loss is not None:
         return measure_of(side, model, held_out, loss)
-    unlabelled = data if held_out is None else held_out
-    batches.repeatable("held_out", unlabelled)
+    if held_out is not None:
+        data, steps = held_out, None
+        batches.repeatable("held_out", data)
     with side.watching(model, (), lambda _, measure: measure()) as forward:
-        first = next(batches.inputs(unlabelled), None)
+        first = next(batches.inputs(data), None)
         shape = () if first is None else np.shape(side.array(forward(first)))
     if len(shape) != 2 or shape[1] < 2:
-        return measure_of(side, model, unlabelled, None)
-    return Measure(
-        "entropy", lambda: score(side, model, unlabelled, lambda outputs, _: entropy(side.array(outputs)), steps)
-    )
+        return measure_of(side, model, data, None, steps)
+    return Measure("entropy", lambda: score(side, model, data, lambda outputs, _: entropy(side.array(outputs)), steps))

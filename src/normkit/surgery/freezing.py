@@ -103,7 +103,7 @@ def param_groups(model: Any, weight_decay: float, *, biases: bool = False) -> An
 
     Raises:
         NormTypeError: for what is no model.
-        NormValueError: for a negative `weight_decay`, for lazy layers.
+        NormValueError: for a negative `weight_decay`, for lazy layers and models that are not built.
 
     Example:
         >>> import normkit, torch

@@ -175,7 +175,7 @@ def score(
 
     values, counts = zip(*_together(recording, total), strict=True)
     if not sum(counts):
-        raise NormValueError(message("`held_out` must hold at least one batch", "none"))
+        raise NormValueError(message("data to measure on must hold at least one batch", "none"))
     return math.fsum(values) / sum(counts)
 
 
@@ -209,7 +209,7 @@ def _in_one_pass(
 def _layer_by_layer(
     recording: Recording, model: Any, layers: Sequence[TrackedLayer], data: Callable[[], Iterator[Any]]
 ) -> dict[int, Pooled]:
-    def look() -> list[int]:
+    def look() -> list[int] | None:
         order: list[int] = []
 
         def decide(place: int, measure: Callable[[], Pooled]) -> Pooled:
@@ -219,13 +219,11 @@ def _layer_by_layer(
         with recording.watching(model, layers, decide) as forward:
             for x in data():
                 forward(x)
-                break
-            else:
-                return [-1]
-        return order
+                return order
+        return None
 
-    orders = [order for order in _together(recording, look) if order != [-1]]
-    _check_any(orders)
+    orders = [order for order in _together(recording, look) if order is not None]
+    _check_any([True for _ in orders])
     order, done = orders[0], list[Pooled]()
 
     def work() -> Pooled | None:
@@ -296,7 +294,7 @@ def _together(recording: Recording, work: Callable[[], T]) -> list[T]:
     return [value for _, value in values]
 
 
-def _check_any(parts: Sequence[Any]) -> None:
+def _check_any(parts: Sequence[bool]) -> None:
     if not any(parts):
         raise NormValueError(message("`data` must hold at least one batch", "none"))
 

@@ -104,8 +104,10 @@ def recalibrate(
     return (model, report) if return_report else model
 
 
-def measure_of(side: Recording, model: Any, held_out: Any, loss: Callable[[Any, Any], Any] | None) -> Measure:
-    """What to measure before and after; measured twice, in this order."""
+def measure_of(
+    side: Recording, model: Any, held_out: Any, loss: Callable[[Any, Any], Any] | None, steps: int | None = None
+) -> Measure:
+    """What to measure before and after, on at most `steps` batches; measured twice, in this order."""
     if loss is not None and not callable(loss):
         raise NormTypeError(message("`loss` must be a function of outputs and targets", repr(loss)))
     if held_out is None:
@@ -114,15 +116,15 @@ def measure_of(side: Recording, model: Any, held_out: Any, loss: Callable[[Any, 
         return Measure("", lambda: None)
     batches.repeatable("held_out", held_out)
     if loss is not None:
-        return Measure("loss", lambda: score(side, model, held_out, loss))
-    return Measure("outputs", _Outputs(side, model, held_out))
+        return Measure("loss", lambda: score(side, model, held_out, loss, steps))
+    return Measure("outputs", _Outputs(side, model, held_out, steps))
 
 
 class _Outputs:
     """The change of the outputs since the first call: the root of its mean square, over that of the outputs."""
 
-    def __init__(self, side: Recording, model: Any, held_out: Any) -> None:
-        self._side, self._model, self._held_out = side, model, held_out
+    def __init__(self, side: Recording, model: Any, held_out: Any, steps: int | None) -> None:
+        self._side, self._model, self._held_out, self._steps = side, model, held_out, steps
         self._before: list[np.ndarray] = []
 
     def __call__(self) -> float | None:
@@ -132,7 +134,7 @@ class _Outputs:
             found.append(self._side.array(outputs))
             return float(np.square(found[-1] - self._before[len(found) - 1]).mean()) if self._before else 0.0
 
-        change = score(self._side, self._model, self._held_out, changed)
+        change = score(self._side, self._model, self._held_out, changed, self._steps)
         if not self._before:
             self._before = found
             return None

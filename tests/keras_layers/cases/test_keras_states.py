@@ -116,6 +116,8 @@ def test_variables_without_weight_decay(biases):
     assert {id(v) for v in decayed["params"]} == expected
     optimizer = keras.optimizers.SGD(0.0, weight_decay=decayed["weight_decay"])
     optimizer.exclude_from_weight_decay(var_list=kept["params"])
+    with pytest.raises(NormError, match="a model must be built"):
+        normkit.param_groups(keras.Sequential([keras.layers.Dense(3)]), 0.5)
 
 
 def test_another_domain():
