@@ -127,6 +127,19 @@ def test_unfrozen_layers_are_in_the_mode_that_was_asked_for_last():
     assert normkit.unfreeze(normkit.freeze(model).train())[1].training
 
 
+def test_what_a_frozen_layer_holds_is_in_the_mode_of_the_model():
+    class Noisy(nn.BatchNorm1d):
+        def __init__(self, n):
+            super().__init__(n)
+            self.noise = nn.Dropout()
+
+    model = normkit.freeze(nn.Sequential(Noisy(3)))
+    assert [(model.train(mode)[0].training, model[0].noise.training) for mode in (True, False)] == [
+        (False, True),
+        (False, False),
+    ]
+
+
 def test_a_part_can_be_unfrozen_and_what_is_asked_last_holds():
     model = normkit.freeze(network(nn.BatchNorm2d))
     normkit.unfreeze(model[1])
@@ -166,11 +179,12 @@ def test_averaging_leaves_frozen_statistics_alone():
     assert same(model, kept)
 
 
-def test_frozen_layers_are_not_recalibrated():
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_layers_are_not_recalibrated(training):
     model = network(nn.BatchNorm2d)
     normkit.freeze(model[1])
     kept = buffers(model)
-    normkit.recalibrate(model.train(), images())
+    normkit.recalibrate(model.train(training), images())
     assert model[1].running_mean.equal(kept["1.running_mean"])
     assert not model[4].running_mean.equal(kept["4.running_mean"])
 

@@ -377,6 +377,17 @@ def test_the_best_statistics_are_kept():
     assert (report.kept, report.after < report.before) == ("new", True)
 
 
+def test_any_statistics_are_better_than_nan():
+    model, (x, y) = deep(), labelled()
+    model[1].running_mean += torch.nan
+    arguments = {"held_out": (x, y), "loss": nn.functional.cross_entropy, "keep": "best", "return_report": True}
+    _, report = normkit.recalibrate(model, x, **arguments)
+    assert (report.kept, report.to_dict()["before"]) == ("new", None)
+    assert model[1].running_mean.isfinite().all()
+    _, report = normkit.recalibrate(model, x, **{**arguments, "loss": lambda outputs, y: outputs.sum() * torch.nan})
+    assert report.kept == "old"
+
+
 def fit(model, x, y):
     """Train the last linear layer in evaluation mode."""
     model.eval()

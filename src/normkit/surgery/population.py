@@ -148,8 +148,7 @@ def replaced(
             layer = layers[place].layer
             recording.keep(layer, recording.as_kept(layer, moments.mean, moments.var))
         after = measure.of()
-        # What is not a number is no better than anything.
-        better = keep == "new" or before is None or after is None or math.isnan(before) or after <= before
+        better = keep == "new" or _no_worse(before, after)
         if not better:
             undo()
     except BaseException:
@@ -257,6 +256,13 @@ def _layer_by_layer(
         place: _merged(layers[place], [done[at] for at, called in enumerate(order) if called == place])
         for place in set(order)
     }
+
+
+def _no_worse(before: float | None, after: float | None) -> bool:
+    """Whether a measure has not grown: any number is better than NaN, and NaN no better than anything."""
+    assert before is not None
+    assert after is not None
+    return after <= before or (math.isnan(before) and not math.isnan(after))
 
 
 def _unsteady(layer: TrackedLayer) -> NormValueError:
