@@ -19,15 +19,17 @@ FRAMEWORKS = {"torch", "keras", "tensorflow", "jax", "flax"}
 # Each part and what it may import of normkit at module level; nobody imports upwards.
 BELOW = {
     "errors": set(),
+    "files": {"errors"},
     "frameworks": {"errors"},
+    "tables": {"errors", "files"},
     "core": {"errors"},
     "kernels": {"errors", "core"},
     "torch": {"errors", "core", "kernels"},
     "keras": {"errors", "core", "kernels"},
     "nnx": {"errors", "core", "kernels"},
     "testing": {"errors", "core"},
-    "experiments": {"errors", "frameworks", "core", "kernels"},
-    "surgery": {"errors", "frameworks", "core"},
+    "experiments": {"errors", "files", "frameworks", "tables", "core", "kernels"},
+    "surgery": {"errors", "frameworks", "tables", "core"},
     "report": {"errors", "core", "experiments"},
     "cli": {"errors", "frameworks", "core", "experiments", "report", "kernels"},
 }

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from normkit.errors import NormError as NormError
     from normkit.experiments import compare as compare
     from normkit.experiments.activations import activations as activations
+    from normkit.surgery.adaptation import adapt as adapt
     from normkit.surgery.conversion import port as port
+    from normkit.surgery.freezing import freeze as freeze
+    from normkit.surgery.freezing import param_groups as param_groups
+    from normkit.surgery.freezing import unfreeze as unfreeze
     from normkit.surgery.recalibration import recalibrate as recalibrate
 
 __version__ = "0.1.0"
@@ -23,10 +27,14 @@ __version__ = "0.1.0"
 _HOME = {
     "NormError": "normkit.errors",
     "activations": "normkit.experiments.activations",
+    "adapt": "normkit.surgery.adaptation",
     "compare": "normkit.experiments",
+    "freeze": "normkit.surgery.freezing",
     "groups_for": "normkit.core.algebra",
+    "param_groups": "normkit.surgery.freezing",
     "port": "normkit.surgery.conversion",
     "recalibrate": "normkit.surgery.recalibration",
+    "unfreeze": "normkit.surgery.freezing",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

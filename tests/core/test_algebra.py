@@ -158,3 +158,42 @@ def test_folding_changes_nothing(axis, has_bias, affine):
 def test_folding_on_the_wrong_axis_is_refused():
     with pytest.raises(NormValueError, match=re.escape("for each of the 4 output channels (axis 1); got shape (5,)")):
         algebra.fold_after(np.zeros((5, 4)), None, np.ones(5), np.zeros(5), axis=1)
+
+
+@given(batches, offsets)
+@settings(max_examples=50, deadline=None)
+def test_pooled_moments_are_those_of_exact_arithmetic(groups, offset):
+    everything = [v + offset for g in groups for v in g]
+    mean, var = moments(everything)
+    found = algebra.pooled(np.array([[float(v)] for v in everything]), axis=1)
+    near, nearer = bounds([everything])
+    # Sums of up to 30 values, one rounding each.
+    assert abs(found.mean[0] - float(mean)) <= 30 * near
+    assert abs(found.var[0] - float(var)) <= 30 * nearer + (30 * near) ** 2
+    assert found.count == len(everything)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_pooled_moments_of_what_the_mask_shows(axis):
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(size=(5, 3, 7)), rng.random((5, 1)) < 0.5
+    rows = [row for sample, shown in zip(x, mask, strict=True) for row in sample.T if shown[0]]
+    found = algebra.pooled(np.moveaxis(x, 1, axis), axis, mask if axis else np.broadcast_to(mask, (5, 7)))
+    np.testing.assert_allclose(found.mean, np.mean(rows, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.var, np.var(rows, axis=0), rtol=1e-12)
+    with pytest.raises(NormValueError, match="moments need at least one value; got none in shape"):
+        algebra.pooled(x, 1, np.zeros((5, 1), bool))
+
+
+def test_without_the_variance_between_means_variances_are_averaged():
+    found = algebra.merge((1, 3), ([0.0], [4.0]), ([2.0], [6.0]), between=False)
+    assert (found.count, found.mean[0], found.var[0]) == (4, 3.0, 5.0)
+
+
+def test_entropy_of_scores_and_of_probabilities():
+    scores = np.array([[1000.0, 0.0, 0.0], [0.0, 0.0, 0.0], [3.0, -1.0, 0.5]])  # the first overflows if taken as it is
+    chances = [np.exp(row - max(row)) / sum(np.exp(row - max(row))) for row in scores]
+    expected = np.mean([-sum(p * np.log(p) for p in row if p > 0) for row in chances])
+    # Probabilities that underflow to 0 contribute nothing, those of 1e-16 next to nothing.
+    assert algebra.entropy(scores) == pytest.approx(expected, rel=1e-12)
+    assert algebra.entropy(chances) == pytest.approx(expected, rel=1e-12)

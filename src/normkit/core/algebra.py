@@ -13,9 +13,11 @@ from normkit.errors import NormValueError, message
 __all__ = [
     "Pooled",
     "biased",
+    "entropy",
     "fold_after",
     "groups_for",
     "merge",
+    "pooled",
     "rate_of",
     "remaining",
     "scale_shift",
@@ -34,7 +36,29 @@ class Pooled(NamedTuple):
     var: Any
 
 
-def merge(counts: Sequence[float], means: Sequence[Any], variances: Sequence[Any]) -> Pooled:
+def pooled(x: Any, axis: int, mask: Any = None) -> Pooled:
+    """Moments of every channel of an array, over all its other axes, in float64.
+
+    Args:
+        x: an array with its channels on `axis`.
+        axis: of the channels.
+        mask: True where there is data; broadcastable to x without its channels. None: everywhere.
+
+    Raises:
+        NormValueError: without any value.
+
+    >>> pooled([[1.0, 5.0], [3.0, 5.0]], axis=-1)
+    Pooled(count=2, mean=array([2., 5.]), var=array([1., 0.]))
+    """
+    rows = np.moveaxis(np.asarray(x, dtype=np.float64), axis, -1)
+    rows = rows.reshape(-1, rows.shape[-1]) if mask is None else rows[np.broadcast_to(mask, rows.shape[:-1])]
+    if not len(rows):
+        raise NormValueError(message("moments need at least one value", f"none in shape {np.shape(x)}"))
+    mean = rows.mean(axis=0)
+    return Pooled(len(rows), mean, np.square(rows - mean).mean(axis=0))
+
+
+def merge(counts: Sequence[float], means: Sequence[Any], variances: Sequence[Any], *, between: bool = True) -> Pooled:
     """Merge the moments of batches of unequal sizes to those of all their values at once.
 
     n = sum n_k, mean = sum n_k mean_k / n, var = sum n_k (var_k + (mean_k - mean)^2) / n, with biased variances. The
@@ -43,6 +67,7 @@ def merge(counts: Sequence[float], means: Sequence[Any], variances: Sequence[Any
     Args:
         counts: values behind each mean and variance.
         means, variances: one array each per batch, all of one shape; variances biased (divided by n).
+        between: whether the variance between the means counts. Without, variances are averaged, as instance norm does.
 
     Returns:
         Moments in float64, as if all values had been one batch.
@@ -62,7 +87,8 @@ def merge(counts: Sequence[float], means: Sequence[Any], variances: Sequence[Any
     share = (n / n.sum()).reshape((-1,) + (1,) * (mu.ndim - 1))
     # Relative to the first mean: sums of small numbers, whatever the offset.
     mean = mu[0] + ((mu - mu[0]) * share).sum(axis=0)
-    return Pooled(n.sum(), mean, ((var + (mu - mean) ** 2) * share).sum(axis=0))
+    spread = (mu - mean) ** 2 if between else 0.0
+    return Pooled(n.sum(), mean, ((var + spread) * share).sum(axis=0))
 
 
 def unbiased(var: Any, count: float) -> Any:
@@ -135,6 +161,21 @@ def fold_after(
     shape[axis] = -1
     old = 0.0 if bias is None else np.asarray(bias, dtype=np.float64)
     return w * scale.reshape(shape), old * scale + shift
+
+
+def entropy(scores: Any) -> float:
+    """Return the mean entropy of predictions, -sum p log p: of probabilities, or of scores through the softmax.
+
+    Rows that are all >= 0 and sum to 1 are taken for probabilities.
+
+    >>> round(entropy([[0.5, 0.5], [1.0, 0.0]]), 4), round(entropy([[3.0, 3.0]]), 4)
+    (0.3466, 0.6931)
+    """
+    p = np.asarray(scores, dtype=np.float64)
+    if not ((p >= 0).all() and (np.abs(p.sum(axis=1) - 1) < 1e-3).all()):
+        p = np.exp(p - p.max(axis=1, keepdims=True))
+        p = p / p.sum(axis=1, keepdims=True)
+    return float(-(p * np.log(np.maximum(p, np.finfo(np.float64).tiny))).sum(axis=1).mean())
 
 
 def groups_for(channels: int, at_most: int = 32) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from normkit.core.catalog import CATALOG
 
-__all__ = ["NormRecord"]
+__all__ = ["NormRecord", "TrackedLayer"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,22 @@ class NormRecord:
         if "std" in self.kept:
             return np.asarray(self.kept["std"])
         return None if "var" not in self.kept else np.sqrt(self.kept["var"] + self.eps)
+
+
+@dataclass(frozen=True)
+class TrackedLayer:
+    """A norm layer with kept statistics.
+
+    Attributes:
+        path: its name in the model.
+        layer: the layer.
+        eps: added to its variance.
+        bessel: whether pooled variances are kept with Bessel's factor.
+        pooled: whether its statistics are those of all samples together; else (instance norm) averages over samples.
+    """
+
+    path: str
+    layer: Any
+    eps: float
+    bessel: bool
+    pooled: bool = True

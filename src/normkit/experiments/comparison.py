@@ -12,8 +12,8 @@ from typing import Any
 from normkit.errors import NormRuntimeError, message
 from normkit.experiments.analysis import Group, summarize
 from normkit.experiments.config import Config, Task
-from normkit.experiments.files import OutputFolder, write
 from normkit.experiments.results import TrialResult
+from normkit.files import OutputFolder, write
 
 __all__ = ["Comparison"]
 

@@ -12,8 +12,15 @@ from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.keras import layers as ours
 
-__all__ = ["make", "read", "walk", "write"]
+__all__ = ["is_norm", "make", "read", "walk", "write"]
 
+_KINDS = {
+    keras.layers.BatchNormalization: "batch",
+    ours.InstanceNormalization: "instance",
+    keras.layers.GroupNormalization: "group",
+    keras.layers.LayerNormalization: "layer",
+    keras.layers.RMSNormalization: "rms",
+}
 _KEPT = {"mean": "moving_mean", "var": "moving_variance"}
 
 
@@ -26,16 +33,14 @@ def walk(model: Any) -> Iterator[tuple[str, Any]]:
             yield layer.path, layer
 
 
+def is_norm(layer: Any) -> bool:
+    """Whether `read` knows this layer, built or not."""
+    return isinstance(layer, tuple(_KINDS))
+
+
 def read(layer: Any) -> NormRecord | None:
     """The values of a layer, None where it is no norm that we know. Raises NormValueError for one that is not built."""
-    kinds = {
-        keras.layers.BatchNormalization: "batch",
-        ours.InstanceNormalization: "instance",
-        keras.layers.GroupNormalization: "group",
-        keras.layers.LayerNormalization: "layer",
-        keras.layers.RMSNormalization: "rms",
-    }
-    kind = next((name for known, name in kinds.items() if isinstance(layer, known)), None)
+    kind = next((name for known, name in _KINDS.items() if isinstance(layer, known)), None)
     if kind is None:
         return None
     if not layer.built:

@@ -1,65 +1,122 @@
-"""What goes into the batch norms of a Keras model, for `normkit.recalibrate`."""
+"""What norms with moving statistics are given in a Keras model, and what they keep."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 from keras import ops
 
-__all__ = ["keep", "recalibrated", "watching"]
+from normkit.core.algebra import Pooled, pooled
+from normkit.core.record import TrackedLayer
+from normkit.errors import NormValueError, message
+from normkit.keras.probe import as_arrays, check_built, untouched
+
+if TYPE_CHECKING:
+    from normkit.surgery.protocol import Decide
+
+__all__ = ["array", "as_kept", "gathered", "given", "keep", "kept", "moments", "tracked", "watching"]
+
+_STATISTICS = ("moving_mean", "moving_variance")
+_OF_RENORM = ("renorm_mean", "renorm_stddev", "moving_stddev")
 
 
-def recalibrated(model: Any) -> Iterator[Any]:
+def tracked(model: Any) -> Iterator[TrackedLayer]:
     """Built batch norms that are trainable: one that is not runs by its statistics and keeps them."""
     seen = set()
     for layer in model._flatten_layers(include_self=True, recursive=True):
         batch = isinstance(layer, keras.layers.BatchNormalization) and layer.built and layer.trainable
         if batch and id(layer) not in seen:
             seen.add(id(layer))
-            yield layer
+            bessel = getattr(layer, "bessel", False) and not layer.renorm
+            yield TrackedLayer(layer.path, layer, layer.epsilon, bessel)
 
 
 @contextlib.contextmanager
-def watching(
-    model: Any, layers: Sequence[Any], seen: Callable[[int, float, np.ndarray, np.ndarray], None]
-) -> Iterator[Callable[[Any], Any]]:
+def watching(model: Any, layers: Sequence[TrackedLayer], decide: Decide) -> Iterator[Callable[[Any], Any]]:
     """See `normkit.surgery.protocol.Recording`."""
-    before = [[(v, ops.convert_to_numpy(v.value)) for v in layer.non_trainable_variables] for layer in layers]
-    calls = [layer.call for layer in layers]
 
-    def watched(number: int, layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(inputs: Any, *arguments: Any, **named: Any) -> Any:
-            x = np.asarray(ops.convert_to_numpy(ops.cast(inputs, "float32")), dtype=np.float64)
-            axis = layer.axis % x.ndim
-            axes = tuple(at for at in range(x.ndim) if at != axis)
-            mean = x.mean(axes)
-            var = np.square(x - x.mean(axes, keepdims=True)).mean(axes)
-            seen(number, x.size / x.shape[axis], mean, var)
-            return call(inputs, *arguments, **{**named, "training": True})
+    def watched(number: int, tracked: TrackedLayer) -> Callable[..., Any]:
+        call = tracked.layer.call
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            named = inspect.signature(call).bind(*args, **kwargs).arguments
+            found = decide(number, lambda: _measured(tracked, named))
+            keep(tracked.layer, as_kept(tracked.layer, found.mean, found.var))
+            return call(*args, **kwargs)
 
         return run
 
-    for number, (layer, call) in enumerate(zip(layers, calls, strict=True)):
-        object.__setattr__(layer, "call", watched(number, layer, call))
-    try:
+    check_built(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        for number, tracked in enumerate(layers):
+            object.__setattr__(tracked.layer, "call", watched(number, tracked))
+            stack.callback(object.__delattr__, tracked.layer, "call")
         # Called directly and not through predict: that would compile the watching in.
-        yield lambda x: model(x, training=False)
-    finally:
-        for layer, variables in zip(layers, before, strict=True):
-            object.__delattr__(layer, "call")
-            for variable, value in variables:
-                variable.assign(value)
+        yield lambda x: model(given(model, x), training=False)
 
 
-def keep(layer: Any, mean: np.ndarray, var: np.ndarray, unbiased: Callable[[np.ndarray], np.ndarray]) -> None:
+def kept(layer: Any) -> Mapping[str, np.ndarray]:
     """See `normkit.surgery.protocol.Recording`."""
-    layer.moving_mean.assign(mean)
-    layer.moving_variance.assign(unbiased(var) if getattr(layer, "bessel", False) else var)
+    names = _STATISTICS + (_OF_RENORM if layer.renorm else ())
+    return {name: ops.convert_to_numpy(getattr(layer, name).value).copy() for name in names}
+
+
+def moments(layer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """See `normkit.surgery.protocol.Recording`."""
+    mean, var = (_wide(getattr(layer, name).value) for name in _STATISTICS)
+    return mean, var
+
+
+def as_kept(layer: Any, mean: np.ndarray, var: np.ndarray) -> Mapping[str, np.ndarray]:
+    """See `normkit.surgery.protocol.Recording`."""
+    values = dict(zip(_STATISTICS, (mean, var), strict=True))
     if layer.renorm:
-        layer.renorm_mean.assign(mean)
-        for name in ("renorm_stddev", "moving_stddev"):
-            getattr(layer, name).assign(np.sqrt(var + layer.epsilon))
+        std = np.sqrt(var + layer.epsilon)
+        values |= dict(zip(_OF_RENORM, (mean, std, std), strict=True))
+    return values
+
+
+def keep(layer: Any, values: Mapping[str, np.ndarray]) -> None:
+    """See `normkit.surgery.protocol.Recording`."""
+    for name, value in values.items():
+        getattr(layer, name).assign(value)
+
+
+def given(model: Any, x: Any) -> Any:  # noqa: ARG001  # other frameworks ask the model for its device and type
+    """See `normkit.surgery.protocol.Recording`."""
+    return keras.tree.map_structure(
+        lambda part: ops.convert_to_tensor(part) if hasattr(part, "shape") else part, as_arrays(x)
+    )
+
+
+def array(outputs: Any) -> np.ndarray:
+    """See `normkit.surgery.protocol.Recording`."""
+    return _wide(keras.tree.flatten(outputs)[0])
+
+
+def gathered(value: Any) -> list[Any]:
+    """See `normkit.surgery.protocol.Recording`. One process alone: replicas of a strategy see the same model."""
+    return [value]
+
+
+def _measured(tracked: TrackedLayer, named: Mapping[str, Any]) -> Pooled:
+    """The moments of what a layer is called with."""
+    if named.get("sample_weight") is not None:
+        must = f"{tracked.path} must be called without `sample_weight`"
+        raise NormValueError(message(must, hint="set trainable=False to leave it out"))
+    x, mask = _wide(next(iter(named.values()))), named.get("mask")
+    if mask is not None:
+        mask = ops.convert_to_numpy(mask).astype(bool)
+        mask = mask.reshape(mask.shape + (1,) * (x.ndim - 1 - mask.ndim))
+    return pooled(x, tracked.layer.axis, mask)
+
+
+def _wide(x: Any) -> np.ndarray:
+    narrow = keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16")
+    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float32") if narrow else x), dtype=np.float64)

@@ -12,8 +12,17 @@ from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.nnx import layers as ours
 
-__all__ = ["make", "read", "walk", "write"]
+__all__ = ["is_norm", "make", "read", "walk", "write"]
 
+_KINDS: dict[Any, str] = {
+    ours.BatchRenorm: "renorm",
+    ours.GhostBatchNorm: "ghost",
+    nnx.BatchNorm: "batch",
+    nnx.InstanceNorm: "instance",
+    nnx.GroupNorm: "group",
+    nnx.LayerNorm: "layer",
+    nnx.RMSNorm: "rms",
+}
 _NAMES = {"gamma": "scale", "beta": "bias", "mean": "mean", "var": "var", "std": "std"}
 
 
@@ -24,18 +33,14 @@ def walk(model: Any) -> Iterator[tuple[str, Any]]:
             yield ".".join(map(str, path)), module
 
 
+def is_norm(layer: Any) -> bool:
+    """Whether `read` knows this layer."""
+    return isinstance(layer, tuple(_KINDS))
+
+
 def read(layer: Any) -> NormRecord | None:
     """The values of a layer, None where it is no norm that we know."""
-    kinds = {
-        ours.BatchRenorm: "renorm",
-        ours.GhostBatchNorm: "ghost",
-        nnx.BatchNorm: "batch",
-        nnx.InstanceNorm: "instance",
-        nnx.GroupNorm: "group",
-        nnx.LayerNorm: "layer",
-        nnx.RMSNorm: "rms",
-    }
-    kind = next((name for known, name in kinds.items() if isinstance(layer, known)), None)
+    kind = next((name for known, name in _KINDS.items() if isinstance(layer, known)), None)
     if kind is None:
         return None
     found = {name: _array(getattr(layer, attribute, None)) for name, attribute in _NAMES.items()}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from numpy.typing import NDArray
 
-from normkit.core.record import NormRecord
-from normkit.errors import NormTypeError, message
+from normkit.core.algebra import Pooled
+from normkit.core.record import NormRecord, TrackedLayer
 from normkit.frameworks import part
 
-__all__ = ["Porting", "Recording", "porting", "recording"]
+__all__ = ["Decide", "Porting", "Recording", "States", "porting", "recording", "states"]
 
 
 class Porting(Protocol):
@@ -31,33 +31,67 @@ class Porting(Protocol):
         """Write parameters and kept statistics into a layer that has them."""
 
 
-class Recording(Protocol):
-    """The module `normkit.<framework>.recording`: what goes into the batch norms of a model."""
+Decide = Callable[[int, Callable[[], Pooled]], Pooled]
 
-    def recalibrated(self, model: Any) -> Iterator[Any]:
-        """The batch norms whose running statistics may be replaced, each once."""
+
+class Recording(Protocol):
+    """The module `normkit.<framework>.recording`: what norms with kept statistics are given, and what they keep."""
+
+    def tracked(self, model: Any) -> Iterator[TrackedLayer]:
+        """The norm layers whose kept statistics may be replaced, each once: not the frozen ones."""
 
     def watching(
-        self, model: Any, layers: Sequence[Any], seen: Callable[[int, float, NDArray[Any], NDArray[Any]], None]
+        self, model: Any, layers: Sequence[TrackedLayer], decide: Decide
     ) -> contextlib.AbstractContextManager[Callable[[Any], Any]]:
-        """Inside, the result runs the model on a batch: its batch norms in training mode, all else in evaluation.
+        """Inside, the result runs the model on a batch in evaluation mode and returns its outputs.
 
-        `seen` is told the number of the layer, the count of values and their mean and biased variance per channel, in
-        float64. Leaving restores modes, running statistics and random numbers.
+        Whenever one of the layers is called, `decide(number of the layer, measure)` says by which mean and biased
+        variance it normalizes; `measure()` gives those of its input, in float64. Leaving restores everything.
         """
 
-    def keep(
-        self, layer: Any, mean: NDArray[Any], var: NDArray[Any], unbiased: Callable[[NDArray[Any]], NDArray[Any]]
-    ) -> None:
-        """Make these the running statistics of a layer, by its own convention of the variance."""
+    def kept(self, layer: Any) -> Mapping[str, NDArray[Any]]:
+        """What the layer keeps, under its own names."""
+
+    def moments(self, layer: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The kept mean and variance, in float64."""
+
+    def as_kept(self, layer: Any, mean: NDArray[Any], var: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
+        """This mean and variance in the form in which the layer keeps them."""
+
+    def keep(self, layer: Any, values: Mapping[str, NDArray[Any]]) -> None:
+        """Write what the layer keeps."""
+
+    def given(self, model: Any, x: Any) -> Any:
+        """Inputs or targets as this model takes them."""
+
+    def array(self, outputs: Any) -> NDArray[Any]:
+        """The outputs of a model as one array, the first of several."""
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes that train together, in the order of their ranks."""
+
+
+class States(Protocol):
+    """The module `normkit.<framework>.states`: what of a norm layer is trained."""
+
+    def freeze(self, model: Any, affine: bool) -> int:
+        """Freeze kept statistics, with `affine` gamma and beta too. Returns how many layers were frozen."""
+
+    def unfreeze(self, model: Any) -> int:
+        """Undo `freeze`. Returns how many layers were frozen."""
+
+    def grouped(self, model: Any, weight_decay: float, biases: bool) -> Any:
+        """See `normkit.param_groups`."""
 
 
 def recording(framework: str) -> Recording:
-    """The recording module of a framework. Raises NormTypeError where there is none."""
-    if framework == "nnx":
-        must = "recalibrating a model of Flax NNX is not available yet"
-        raise NormTypeError(message(must, hint="collect the moments of its inputs with normkit.core.algebra.merge"))
+    """The recording module of a framework."""
     return cast(Recording, part(framework, "recording"))
+
+
+def states(framework: str) -> States:
+    """The states module of a framework."""
+    return cast(States, part(framework, "states"))
 
 
 def porting(framework: str) -> Porting:

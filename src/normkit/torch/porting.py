@@ -13,9 +13,22 @@ from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.torch import factory, layers
 
-__all__ = ["make", "read", "walk", "write"]
+__all__ = ["is_norm", "make", "read", "walk", "write"]
 
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    layers._BatchRenorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
 _NAMES = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var", "std": "running_std"}
+
+
+def is_norm(layer: Any) -> bool:
+    """Whether `read` knows this layer."""
+    return isinstance(layer, _NORMS)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,65 +1,158 @@
-"""What goes into the batch norms of a PyTorch model, for `normkit.recalibrate`."""
+"""What norms with running statistics are given in a PyTorch model, and what they keep."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from normkit.core.algebra import Pooled, unbiased
+from normkit.core.record import TrackedLayer
+from normkit.errors import NormTypeError, NormValueError, message
 from normkit.torch import layers as ours
-from normkit.torch.probe import as_tensors, untouched
+from normkit.torch.probe import as_tensors, check_sized, forward, untouched
+from normkit.torch.states import is_frozen
 
-__all__ = ["keep", "recalibrated", "watching"]
+if TYPE_CHECKING:
+    from normkit.surgery.protocol import Decide
+
+__all__ = ["array", "as_kept", "gathered", "given", "keep", "kept", "moments", "tracked", "watching"]
+
+_KINDS = nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm | ours._BatchRenorm
+_KEPT = ("running_mean", "running_var", "running_std")
 
 
-def recalibrated(model: nn.Module) -> Iterator[nn.Module]:
-    """Batch norms and batch renorms with running statistics that are not in evaluation mode inside a training model."""
-    for module in model.modules():
-        batch = isinstance(module, nn.modules.batchnorm._BatchNorm | ours._BatchRenorm)
-        frozen = model.training and not module.training
-        if batch and getattr(module, "running_mean", None) is not None and not frozen:
-            yield module
+def tracked(model: nn.Module) -> Iterator[TrackedLayer]:
+    """Batch norms, renorms and instance norms with running statistics, but for frozen ones.
+
+    Frozen is what `normkit.freeze` froze, and what is in evaluation mode inside a model in training mode. Raises
+    NormValueError for lazy layers.
+    """
+    check_sized(model)
+    for path, module in _bare(model).named_modules():
+        used = getattr(module, "running_mean", None) is not None and getattr(module, "track_running_stats", True)
+        if isinstance(module, _KINDS) and used and not is_frozen(module) and (module.training or not model.training):
+            instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+            bessel = getattr(module, "bessel", True) and not instance and not hasattr(module, "running_std")
+            yield TrackedLayer(path, module, module.eps, bessel, pooled=not instance)
 
 
 @contextlib.contextmanager
-def watching(
-    model: nn.Module, layers: Sequence[nn.Module], seen: Callable[[int, float, np.ndarray, np.ndarray], None]
-) -> Iterator[Callable[[Any], Any]]:
+def watching(model: nn.Module, layers: Sequence[TrackedLayer], decide: Decide) -> Iterator[Callable[[Any], Any]]:
     """See `normkit.surgery.protocol.Recording`."""
+    # Without what DistributedDataParallel adds: its forward waits for the other processes, whose batches may be fewer.
+    model = _bare(model)
 
-    def hook(number: int) -> Callable[..., None]:
-        def watch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x: Tensor = arguments[0].detach()
-            axis = getattr(module, "axis", 1)
-            axes = [at for at in range(x.dim()) if at != axis % x.dim()]
-            wide = x.double()
-            mean = wide.mean(axes, keepdim=True)
-            var = (wide - mean).square().mean(axes)
-            seen(number, x.numel() / x.shape[axis], mean.flatten().cpu().numpy(), var.cpu().numpy())
+    def hook(number: int, tracked: TrackedLayer) -> Callable[..., None]:
+        def watch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found = decide(number, lambda: _measured(tracked, args, kwargs))
+            keep(layer, as_kept(layer, found.mean, found.var))
 
         return watch
 
-    with untouched(model):
-        handles = [layer.register_forward_pre_hook(hook(number)) for number, layer in enumerate(layers)]
-        try:
-            model.eval()
-            for layer in layers:
-                layer.training = True
-            yield lambda x: model(as_tensors(x, model))
-        finally:
-            for handle in handles:
-                handle.remove()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        if "torch._dynamo" in sys.modules:  # compiled parts run as they were written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for number, tracked in enumerate(layers):
+            handle = tracked.layer.register_forward_pre_hook(hook(number, tracked), with_kwargs=True)
+            stack.callback(handle.remove)
+        model.eval()
+        yield lambda x: forward(model, given(model, x))
 
 
-def keep(layer: Any, mean: np.ndarray, var: np.ndarray, unbiased: Callable[[np.ndarray], np.ndarray]) -> None:
+def kept(layer: Any) -> Mapping[str, np.ndarray]:
+    """See `normkit.surgery.protocol.Recording`."""
+    buffers = {name: getattr(layer, name, None) for name in _KEPT}
+    return {name: b.detach().double().cpu().numpy().copy() for name, b in buffers.items() if b is not None}
+
+
+def moments(layer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """See `normkit.surgery.protocol.Recording`."""
+    found = kept(layer)
+    std = found.get("running_std")
+    return found["running_mean"], found["running_var"] if std is None else np.square(std) - layer.eps
+
+
+def as_kept(layer: Any, mean: np.ndarray, var: np.ndarray) -> Mapping[str, np.ndarray]:
+    """See `normkit.surgery.protocol.Recording`."""
+    if hasattr(layer, "running_std"):
+        return {"running_mean": mean, "running_std": np.sqrt(var + layer.eps)}
+    return {"running_mean": mean, "running_var": var}
+
+
+def keep(layer: Any, values: Mapping[str, np.ndarray]) -> None:
     """See `normkit.surgery.protocol.Recording`."""
     with torch.no_grad():
-        layer.running_mean.copy_(torch.from_numpy(mean))
-        if hasattr(layer, "running_std"):
-            layer.running_std.copy_(torch.from_numpy(np.sqrt(var + layer.eps)))
-        else:
-            layer.running_var.copy_(torch.from_numpy(unbiased(var) if getattr(layer, "bessel", True) else var))
+        for name, value in values.items():
+            getattr(layer, name).copy_(torch.from_numpy(value))
+
+
+def given(model: nn.Module, x: Any) -> Any:
+    """See `normkit.surgery.protocol.Recording`."""
+    return as_tensors(x, model)
+
+
+def array(outputs: Any) -> np.ndarray:
+    """See `normkit.surgery.protocol.Recording`."""
+    while not isinstance(outputs, Tensor):
+        parts = list(outputs.values() if isinstance(outputs, Mapping) else outputs)
+        outputs = parts[0]
+    return outputs.detach().double().cpu().numpy()
+
+
+def gathered(value: Any) -> list[Any]:
+    """See `normkit.surgery.protocol.Recording`."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _measured(tracked: TrackedLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pooled:
+    """The moments of what a layer is called with."""
+    layer = tracked.layer
+    named = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+    x = next(iter(named.values()))
+    if not isinstance(x, Tensor):
+        raise NormTypeError(message(f"{tracked.path} must be called on a tensor", type(x).__name__))
+    mask = named.get("mask")
+    if named.get("sample_weight") is not None or (mask is not None and not tracked.pooled):
+        must = f"{tracked.path} must be called without `sample_weight`, and as instance norm without `mask`"
+        raise NormValueError(message(must, hint="freeze it to leave it out"))
+    x = x.detach()
+    # Some devices have no float64.
+    x = (x.cpu() if x.device.type == "mps" else x).double()
+    if not tracked.pooled and x.dim() == _unbatched(layer):
+        x = x.unsqueeze(0)
+    rows = x.movedim(getattr(layer, "axis", 1), -1)
+    if mask is not None:
+        rows = rows[mask.expand(rows.shape[:-1])]
+    rows = rows.flatten(0, -2) if tracked.pooled else rows.flatten(1, -2)
+    if not rows.numel():
+        raise NormValueError(message(f"{tracked.path} must be given at least one value per channel", "none"))
+    mean = rows.mean(-2, keepdim=True)
+    var = (rows - mean).square().mean(-2)
+    mean = mean.squeeze(-2)
+    if not tracked.pooled:
+        var = unbiased(var, rows.shape[1]) if getattr(layer, "bessel", True) else var
+        mean, var = mean.mean(0), var.mean(0)
+    return Pooled(rows.shape[0], mean.cpu().numpy(), var.cpu().numpy())
+
+
+def _unbatched(layer: Any) -> int:
+    """Number of axes of a sample alone."""
+    dims = getattr(layer, "_dims", None)
+    return int(layer._get_no_batch_dim() if dims is None else dims[0])

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from normkit import files
 from normkit.errors import NormRuntimeError
-from normkit.experiments import files
 
 
 def test_write_replaces_the_whole_file(tmp_path):

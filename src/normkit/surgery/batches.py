@@ -1,0 +1,65 @@
+"""Data as users have it: one array, a loader, a list of batches, with labels or without."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from normkit.errors import NormTypeError, NormValueError, message
+
+__all__ = ["inputs", "labelled", "repeatable", "size"]
+
+_CHUNK = 256  # samples of an array that make a batch, at most
+
+
+def inputs(data: Any, steps: int | None = None) -> Iterator[Any]:
+    """The inputs of the model, batch by batch, of at most `steps` batches. Raises NormTypeError for what is no data."""
+    return (x for x, _ in labelled(data, steps))
+
+
+def labelled(data: Any, steps: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """Inputs and targets, batch by batch; targets are None where there are none. Data as in :func:`inputs`."""
+    for batch in itertools.islice(_batches(data), steps):
+        parts = batch if isinstance(batch, tuple | list) else (batch,)
+        yield parts[0], parts[1] if len(parts) > 1 else None
+
+
+def size(x: Any) -> int:
+    """The number of samples of a batch: the length of its first array."""
+    while isinstance(x, Mapping | tuple | list):
+        x = next(iter(x.values() if isinstance(x, Mapping) else x))
+    return len(x)
+
+
+def repeatable(name: str, data: Any) -> None:
+    """Raise NormValueError for data that is gone once it has been read."""
+    if isinstance(data, Iterator):
+        must = f"`{name}` must be data that can be read several times"
+        raise NormValueError(message(must, f"a {type(data).__name__}", "give a list of batches, or a loader"))
+
+
+def _batches(data: Any) -> Iterator[Any]:
+    if _is_array(data):
+        yield from _chunks(data)
+        return
+    if isinstance(data, tuple) and len(data) == 2 and all(map(_is_array, data)) and len(data[0]) == len(data[1]):
+        yield from zip(*map(_chunks, data), strict=True)
+        return
+    if not isinstance(data, Iterable) or isinstance(data, str | dict):
+        must = "`data` must be an array, a tensor, or an iterable of batches"
+        raise NormTypeError(message(must, type(data).__name__))
+    yield from data
+
+
+def _is_array(data: Any) -> bool:
+    return hasattr(data, "shape") and hasattr(data, "__getitem__")
+
+
+def _chunks(data: Any) -> Iterator[Any]:
+    """Parts of nearly the same size: a last one of few samples would have no statistics to speak of."""
+    size = len(data)
+    parts = max(1, math.ceil(size / _CHUNK)) if size else 0
+    for part in range(parts):
+        yield data[part * size // parts : (part + 1) * size // parts]
