@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normkit.errors import MissingExtraError, NormRuntimeError, NormTypeError, NormValueError, message
-from normkit.experiments.files import write
+from normkit.core.files import save
+from normkit.core.table import as_html, as_text
+from normkit.errors import MissingExtraError, NormTypeError, NormValueError, message
 from normkit.experiments.protocol import training
 from normkit.experiments.results import SiteStats
 from normkit.experiments.sites import Sites
@@ -36,28 +36,14 @@ class Activations:
     sites: tuple[SiteStats, ...]
 
     def __str__(self) -> str:
-        rows = [_HEADINGS, *map(_row, self.sites)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        # Words to the left, numbers to the right.
-        return "\n".join(
-            "  ".join(
-                f"{cell:{'<' if place < 2 else '>'}{width}}"
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return as_text(_HEADINGS, [_row(site) for site in self.sites], words=2)
 
     def _repr_html_(self) -> str:
         try:
             drawn = self._svg()
         except MissingExtraError:  # the table needs nothing
             drawn = ""
-        heading, *rows = [
-            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-            for tag, row in [("th", _HEADINGS), *(("td", _row(site)) for site in self.sites)]
-        ]
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><thead><tr>{heading}</tr></thead><tbody>{body}</tbody></table>{drawn}"
+        return as_html(_HEADINGS, [_row(site) for site in self.sites]) + drawn
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is not finite becomes None."""
@@ -68,22 +54,8 @@ class Activations:
 
         Raises NormValueError for another ending, NormRuntimeError where the file cannot be written.
         """
-        path = Path(path)
-        makers: dict[str, Callable[[], str | bytes]] = {
-            ".svg": self._svg,
-            ".png": self._png,
-            ".json": lambda: json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
-        }
-        maker = makers.get(path.suffix.lower())
-        if maker is None:
-            raise NormValueError(message("`path` must end in .svg, .png or .json", repr(str(path))))
-        content = maker()
-        try:
-            write(path, content)
-        except OSError as error:
-            must = "`path` must be one that can be written"
-            raise NormRuntimeError(message(must, f"{path} ({error.strerror})")) from error
-        return path
+        as_json = lambda: json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"  # noqa: E731
+        return save(path, {".svg": self._svg, ".png": self._png, ".json": as_json})
 
     def _svg(self) -> str:
         _require()
