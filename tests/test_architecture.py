@@ -21,7 +21,7 @@ BELOW = {
     "errors": set(),
     "core": {"errors"},
     "kernels": {"errors", "core"},
-    "torch": {"errors", "core", "kernels"},
+    "torch": {"errors", "core", "kernels", "surgery"},
     "keras": {"errors", "core", "kernels"},
     "nnx": {"errors", "core", "kernels"},
     "testing": {"errors", "core"},

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from normkit.experiments import compare as compare
     from normkit.experiments.activations import activations as activations
     from normkit.surgery.conversion import port as port
+    from normkit.surgery.folding import fold as fold
     from normkit.surgery.recalibration import recalibrate as recalibrate
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ _HOME = {
     "NormError": "normkit.errors",
     "activations": "normkit.experiments.activations",
     "compare": "normkit.experiments",
+    "fold": "normkit.surgery.folding",
     "groups_for": "normkit.core.algebra",
     "port": "normkit.surgery.conversion",
     "recalibrate": "normkit.surgery.recalibration",

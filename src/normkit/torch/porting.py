@@ -13,9 +13,9 @@ from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.torch import factory, layers
 
-__all__ = ["make", "owns", "read", "walk", "write"]
+__all__ = ["NAMES", "make", "owns", "read", "walk", "write"]
 
-_NAMES = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var", "std": "running_std"}
+NAMES = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var", "std": "running_std"}
 
 
 def owns(value: Any) -> bool:
@@ -91,7 +91,7 @@ def write(layer: Any, record: NormRecord) -> None:
     elif getattr(layer, "running_var", None) is not None:
         found["var"] = record.variance()
     with torch.no_grad():
-        for name, attribute in _NAMES.items():
+        for name, attribute in NAMES.items():
             target, value = getattr(layer, attribute, None), found.get(name)
             if target is None:
                 if name in ("gamma", "beta") and value is not None:
@@ -147,7 +147,7 @@ def _spatial(layer: nn.Module) -> int | None:
 
 def _arrays(layer: nn.Module) -> dict[str, Any]:
     def array(name: str) -> np.ndarray | None:
-        value = getattr(layer, _NAMES[name], None)
+        value = getattr(layer, NAMES[name], None)
         return None if value is None else value.detach().double().cpu().numpy().copy()
 
     count = getattr(layer, "num_batches_tracked", None)
