@@ -136,31 +136,34 @@ def fold_after(
 
 def fold_before(
     weight: Any, bias: Any, scale: np.ndarray, shift: np.ndarray, *, axis: int = 1, groups: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Fold y = linear(scale * x + shift) into the linear map: weight' = weight scale, bias' = bias + weight shift.
 
-    Exact for a convolution wherever the whole kernel lies on the input: without padding, or where shift is 0.
+    Exact for a convolution wherever the whole kernel lies on the input: without padding, or where shift is 0. For a
+    transposed convolution, whose kernels hang over, shift must be 0.
 
     Args:
-        weight: of a linear map or convolution, its output channels on axis 0 (on the last where `axis` is negative).
+        weight: of a linear map or convolution.
         bias: of shape (output channels,), or None for 0.
         scale, shift: of shape (input channels,).
-        axis: of the input channels (1 in PyTorch's Linear and Conv, -2 in Keras).
+        axis: of the input channels: 1 in PyTorch's Linear and Conv, 0 in its transposed convolutions, -2 in Keras.
         groups: of a convolution, whose axis 1 holds the input channels of one group.
 
     Returns:
-        Weight and bias in float64.
+        Weight and bias in float64; the bias is None where there was none and shift is 0.
 
     Raises:
         NormValueError: where `scale` has not one entry per input channel.
     """
     w = np.asarray(weight, dtype=np.float64)
-    factor = _along(scale, "scale", "input", w, axis, groups)
-    outputs = 0 if axis >= 0 else w.ndim - 1
-    moved = (w * _along(shift, "shift", "input", w, axis, groups)).sum(
-        axis=tuple(at for at in range(w.ndim) if at != outputs)
-    )
-    return w * factor, moved if bias is None else np.asarray(bias, dtype=np.float64) + moved
+    folded = w * _along(scale, "scale", "input", w, axis, groups)
+    old = None if bias is None else np.asarray(bias, dtype=np.float64)
+    if not np.any(shift):
+        return folded, old
+    outputs = {1: 0, 0: 1, -2: w.ndim - 1}[axis]
+    shifted = w * _along(shift, "shift", "input", w, axis, groups)
+    more = shifted.sum(axis=tuple(at for at in range(w.ndim) if at != outputs))
+    return folded, more if old is None else old + more
 
 
 def _along(values: np.ndarray, name: str, side: str, w: np.ndarray, axis: int, groups: int) -> np.ndarray:

@@ -18,13 +18,15 @@ from normkit.surgery.sites import Site
 
 __all__ = ["Change", "Fold", "Opened", "fold", "planned"]
 
-_LINEAR = frozenset(("linear", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
-# Functions that only move values: each value of the output is one of the input.
+# `addmm` is a linear map with its weight as (inputs, outputs).
+_LINEAR = frozenset(("linear", "addmm", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
+# Functions that only move values: each value of the outputs is one of the input.
 # fmt: off
 _MOVES = frozenset((
-    "clone", "contiguous", "detach", "dropout", "expand", "flatten", "getitem", "identity", "movedim", "narrow", "pad",
-    "permute", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "reshape", "reshape_as", "roll", "select", "squeeze",
-    "swapaxes", "swapdims", "t", "transpose", "unflatten", "unsqueeze", "view", "view_as",
+    "channel_shuffle", "chunk", "clone", "contiguous", "detach", "dropout", "expand", "flatten", "getitem",
+    "identity", "movedim", "narrow", "pad", "permute", "pixel_shuffle", "pixel_unshuffle", "reshape",
+    "reshape_as", "roll", "select", "slice", "split", "squeeze", "swapaxes", "swapdims", "t", "transpose",
+    "unbind", "unflatten", "unsqueeze", "view", "view_as",
 ))
 # fmt: on
 
@@ -64,7 +66,7 @@ class Opened(Protocol):
     """A model that was looked into: `normkit.<framework>.folding.opened`."""
 
     graph: Graph
-    sites: Sequence[Site]
+    sites: tuple[Site, ...]
 
     def run(self, node: Node, values: Mapping[int, Any]) -> Any:
         """Apply the function of a node to other values; None where it cannot be run."""
@@ -110,8 +112,8 @@ def fold(
     stays, and the report says why, where anything else reads the value in between, a weight is used twice, the norm is
     in training mode or called more than once, or hooks or parametrizations look at what would change.
 
-    The folds are then tried on a copy of the model in float64, on the example and on random inputs like it; each that
-    changes an output by more than 1e-6 of the largest is left out. Where float64 does not work, in the model's own type.
+    The folds are then tried on a copy of the model in float64 (in its own type where that does not work), on the
+    example and on random inputs like it; each that changes an output by more than 1e-6 of the largest is left out.
 
     Args:
         model: a torch.nn.Module, usually after `model.eval()`.
@@ -126,7 +128,7 @@ def fold(
         A new model; modes, types, devices, hooks, tied weights and `requires_grad` stay. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for what is no PyTorch model, a compiled or scripted one, an example that the model does not take.
+        NormTypeError: for what is no PyTorch model, a compiled or scripted one, an example that does not fit it.
         NormValueError: for lazy layers.
 
     Example:
@@ -211,7 +213,7 @@ class _Plan:
         record = site.record
         scale, shift = scale_shift(_gamma(record), record.beta, record.kept["mean"], record.variance(), record.eps)
         try:
-            changes = (self._before(site, node, scale, shift),)
+            changes: tuple[Change, ...] = (self._before(site, node, scale, shift),)
         except _Refused as before:
             try:
                 changes = self._behind(site, node, scale, shift)
@@ -259,12 +261,13 @@ class _Plan:
             if len(producers) != 1:
                 raise _Refused(f"{path[-1]} before it has {len(producers)} inputs")
             producer = producers[0]
+            if producer.op not in _LINEAR:
+                self._check_moves(producer, "before")
             readers = len(graph.consumers(producer))
             if readers > 1:
                 raise _Refused(f"the output of {producer} before it is read {readers} times")
             if producer.op in _LINEAR:
                 break
-            self._check_moves(producer, "before")
             path.append(producer)
         change = self._change("output", producer)
         self._check_obstacles(site, change)
@@ -297,7 +300,7 @@ class _Plan:
                     changes.append(self._into(site, giver, reader, values, scale, shift))
                 else:
                     self._check_moves(reader, "behind")
-                    waiting.append((reader, self._moved(reader, values, giver)))
+                    waiting.append((reader, self._moved(reader, values)))
         if not changes:
             raise _Refused("nothing reads its output")
         return tuple(changes)
@@ -312,7 +315,7 @@ class _Plan:
             raise _Refused(f"values between the norm and {reader} change their channel")
         scale, shift = scale[origin], shift[origin]
         if np.any(shift) and not self._whole_kernels(reader):
-            raise _Refused(f"{reader} behind it pads with zeros, which the norm does not shift")
+            raise _Refused(f"kernels of {reader} behind it reach beyond the input, where the norm shifts nothing")
         return self._with(change, scale, shift)
 
     def _change(self, side: Literal["output", "input"], node: Node) -> Change:
@@ -322,7 +325,7 @@ class _Plan:
         for path in node.state.values():
             if len(graph.readers(path)) > 1:
                 raise _Refused(f"{node} has a weight that is used {len(graph.readers(path))} times")
-        transposed = node.op.startswith("conv_transpose")
+        transposed = node.op.startswith(("conv_transpose", "addmm"))
         axis = int(transposed) if side == "output" else int(not transposed)
         bias = node.state.get("bias") or self.subject.bias_beside(weight)
         nothing = np.empty(0)
@@ -350,11 +353,10 @@ class _Plan:
         if padding or active:
             raise _Refused(f"{node} {where} it {'adds zeros' if padding else 'is in training mode'}")
 
-    def _moved(self, node: Node, values: Any, giver: Node | None = None) -> Any:
+    def _moved(self, node: Node, values: Any) -> Any:
         if node.id in self.gone or node.op in ("dropout", "identity"):
             return values
-        source = node.inputs[0] if giver is None else giver.id
-        moved = self.subject.run(node, {source: values})
+        moved = self.subject.run(node, {node.inputs[0]: values}) if len(node.inputs) == 1 else None
         if moved is None:
             raise _Refused(f"what {node} does with the channels is not known")
         return moved
@@ -381,7 +383,7 @@ def _gamma(record: NormRecord) -> np.ndarray | None:
 
 def _axis(node: Node) -> int:
     """Of the channels, counted from the end: a convolution may come without a batch axis."""
-    return -1 if node.op == "linear" else -1 - int(node.op[-2])
+    return -1 if node.op in ("linear", "addmm") else -1 - int(node.op[-2])
 
 
 def _own_axes(record: NormRecord, ndim: int) -> tuple[int, ...]:

@@ -231,7 +231,7 @@ def _change(changes: Transaction, model: nn.Module, change: Change) -> None:
     changes.write(change.weight, new)
     if bias is not None and change.bias is not None:
         changes.write(change.bias, shifted)
-    elif np.any(change.shift):
+    elif shifted is not None and np.any(shifted):
         assert change.bias is not None
         changes.set(change.bias, shifted, like=weight)
 

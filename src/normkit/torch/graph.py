@@ -24,6 +24,7 @@ _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _ARGUMENTS = {
     "linear": ("input", "weight", "bias"),
+    "addmm": ("bias", "input", "weight"),
     "dropout": ("input", "p", "training", "inplace"),
     "pad": ("input", "pad", "mode", "value"),
     **{f"{name}_as": ("input", "other") for name in ("expand", "reshape", "view")},
@@ -65,7 +66,7 @@ class Flow(NamedTuple):
         return function.target(*args, **kwargs)
 
 
-def capture(model: nn.Module, given: Any, whole: Callable[[nn.Module], bool] = lambda module: False) -> Flow:
+def capture(model: nn.Module, given: Any, whole: Callable[[nn.Module], bool] | None = None) -> Flow:
     """Trace one forward pass without running it; modes, state and random numbers stay as they are.
 
     Dynamo sees nearly every model as one program. Where it does not, `torch.export` may; where that fails too, only the
@@ -155,7 +156,7 @@ def computes_as_named(module: nn.Module) -> bool:
 class _Reader:
     """From a traced program to nodes."""
 
-    def __init__(self, model: nn.Module, whole: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, model: nn.Module, whole: Callable[[nn.Module], bool] | None) -> None:
         self._whole = whole
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._first = {id(module): path for path, module in model.named_modules()}
@@ -182,7 +183,8 @@ class _Reader:
         for key, path in self._stack(node):
             module = self._modules[path]
             own = type(module).__module__.startswith(("torch.nn.", "normkit.torch."))
-            if path and (self._whole(module) or (own and not any(True for _ in module.children()))):
+            chosen = self._whole is not None and self._whole(module)
+            if path and (chosen or (own and not any(True for _ in module.children()))):
                 return key, path
         return None
 

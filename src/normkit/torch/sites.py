@@ -75,7 +75,9 @@ def _probed(path: str, module: nn.Module) -> Site | None:
     if found is None:
         return None
     kind, axis, gain, eps = found
-    arrays = {role: tensors[name].detach().double().cpu().numpy().copy() for role, name in names.items()}
+    arrays: dict[str, Any] = {
+        role: tensors[name].detach().double().cpu().numpy().copy() for role, name in names.items()
+    }
     kept = {role: arrays.pop(role) for role in ("mean", "var") if tracked}
     record = NormRecord(kind, shape, axis, eps, gain=gain, kept=kept, **arrays)
     return Site(path, type(module).__name__, record, "probe", names, bool(tracked))
