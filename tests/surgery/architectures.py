@@ -206,7 +206,7 @@ def built(name: str) -> tuple[nn.Module, Any]:
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode, its norms as if trained: gamma of both signs and a 0, statistics far from 0 and 1."""
+    """The model in evaluation mode, its norms as if trained: gamma of both signs and a 0, any mean."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in model.modules():

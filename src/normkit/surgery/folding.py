@@ -113,7 +113,8 @@ def fold(
     in training mode or called more than once, or hooks or parametrizations look at what would change.
 
     The folds are then tried on a copy of the model in float64 (in its own type where that does not work), on the
-    example and on random inputs like it; each that changes an output by more than 1e-6 of the largest is left out.
+    example and on random inputs like it; what changes an output by more than 1e-10 of the largest is left out (1e-6
+    where the model computes parts in a narrower type whatever its own is).
 
     Args:
         model: a torch.nn.Module, usually after `model.eval()`.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from normkit.core.algebra import fold_after, fold_before
 from normkit.surgery.folding import Change, Fold
@@ -21,9 +22,10 @@ from normkit.torch.surgery import Transaction, carry, check_plain, copied, split
 
 __all__ = ["opened"]
 
-# In float64 folding costs some 1e-15, and a model that computes parts in float32 whatever its type passes that on as a
-# spacing of float32, 6e-8, now and then. In another type: a hundred of its own spacings.
-_CLOSE = 1e-6
+# Of the largest output. Folding rounds at 1e-16, which depth amplifies. A model that computes parts in float32 whatever
+# its type passes a change of 1e-16 on as a spacing of float32, 6e-8, now and then. In another type: a hundred spacings.
+_CLOSE = 1e-10
+_CLOSE_NARROW = 1e-6
 _SPACINGS = 100
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -71,7 +73,7 @@ class _Opened:
         ):
             return f"the weight of {map_path} is parametrized"
         # Hooks on what holds both see the same values as before.
-        for path in _holders(norm) ^ _holders(map_path):
+        for path in sorted(self._holders(norm) ^ self._holders(map_path)):
             if any(getattr(self._modules[path], name) for name in _HOOKS):
                 return f"{path} has hooks"
         return None
@@ -108,11 +110,11 @@ class _Opened:
                 carry(optimizer, old, dict(result.named_parameters()))
         return result, max((_relative(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
 
-
-def _holders(path: str) -> set[str]:
-    """A layer and all that it lies in, but the model."""
-    parts = path.split(".") if path else []
-    return {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    def _holders(self, path: str) -> set[str]:
+        """A layer, by all its paths, and all that it lies in, but the model."""
+        layer = self._modules[path]
+        found = {other for other, module in self._modules.items() if module is layer and other}
+        return found | {other[:at] for other in found for at, letter in enumerate(other) if letter == "."}
 
 
 class _Trial:
@@ -123,8 +125,9 @@ class _Trial:
         try:
             self.model.double()
             self._given = self._inputs(example)
-            self._before = [_outputs(self.model, given) for given in self._given]
-            self._close = _CLOSE
+            with _Narrow() as narrow:
+                self._before = [_outputs(self.model, given) for given in self._given]
+            self._close = _CLOSE_NARROW if narrow.seen else _CLOSE
         except Exception:  # a model that cannot be run in float64 is tried as it is
             self.model = copied(model)
             self._given = self._inputs(example)
@@ -145,6 +148,18 @@ class _Trial:
     def _inputs(self, example: Any) -> list[Any]:
         given = as_tensors(example, self.model)
         return [given, _random(given)]
+
+
+class _Narrow(TorchDispatchMode):
+    """Sees whether anything is computed in a type narrower than float64."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in _tensors(output):
+            self.seen |= tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.numel() > 0
+        return output
 
 
 def _random(given: Any) -> Any:

@@ -8,6 +8,7 @@ import logging
 import re
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ class Flow(NamedTuple):
         return function.target(*args, **kwargs)
 
 
-def capture(model: nn.Module, given: Any, whole: Callable[[nn.Module], bool] | None = None) -> Flow:
+def capture(model: nn.Module, given: Any, whole: Callable[[nn.Module], bool]) -> Flow:
     """Trace one forward pass without running it; modes, state and random numbers stay as they are.
 
     Dynamo sees nearly every model as one program. Where it does not, `torch.export` may; where that fails too, only the
@@ -75,7 +76,7 @@ def capture(model: nn.Module, given: Any, whole: Callable[[nn.Module], bool] | N
     Args:
         model: in the mode in which it is to be seen.
         given: tensors of the type and on the device of the model; a mapping gives named arguments, a tuple several.
-        whole: layers to be kept as one node although they call several functions, besides those of torch.nn.
+        whole: which layers are to be one node though they call several functions, such as norms.
     """
     args = tuple(given) if isinstance(given, tuple | list) else () if isinstance(given, Mapping) else (given,)
     kwargs = dict(given) if isinstance(given, Mapping) else {}
@@ -156,7 +157,7 @@ def computes_as_named(module: nn.Module) -> bool:
 class _Reader:
     """From a traced program to nodes."""
 
-    def __init__(self, model: nn.Module, whole: Callable[[nn.Module], bool] | None) -> None:
+    def __init__(self, model: nn.Module, whole: Callable[[nn.Module], bool]) -> None:
         self._whole = whole
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._first = {id(module): path for path, module in model.named_modules()}
@@ -164,29 +165,26 @@ class _Reader:
     def read(self, how: How, traced: _Traced) -> Flow:
         numbers: dict[Any, int] = {}
         members: dict[int, list[fx.Node]] = {}
-        layers: dict[int, str] = {}
+        paths: dict[int, str] = {}
+        makers: dict[int, Any] = {}  # the innermost call that each node belongs to
         for node in traced.module.graph.nodes:
             if node.op == "get_attr" or node.name in traced.state:
                 continue
-            call = self._layer(node) if node.op.startswith("call") else None
-            number = numbers.setdefault(node.name if call is None else call[0], len(numbers))
-            if call is not None:
-                layers[number] = call[1]
+            stack = list(self._stack(node)) if node.op.startswith("call") else []
+            kept = next(((call, path) for call, path in stack if self._whole(self._modules[path])), None)
+            call, path = kept or (stack[-1] if stack else (None, ""))
+            number = numbers.setdefault(call if kept else node.name, len(numbers))
             members.setdefault(number, []).append(node)
+            paths[number], makers[number] = path, call
             node.meta["normkit"] = number
-        nodes = [self._node(number, group, layers.get(number), traced.state) for number, group in members.items()]
+        functions = Counter(makers.values())
+        nodes = []
+        for number, group in members.items():
+            path, call = paths[number], makers[number]
+            leaf = not any(True for _ in self._modules[path].children())
+            nodes.append(self._node(number, group, path, leaf and functions[call] == 1, traced.state))
         single = {number: group[0] for number, group in members.items() if len(group) == 1}
         return Flow(Graph(how, tuple(nodes)), {n: f for n, f in single.items() if f.op.startswith("call")})
-
-    def _layer(self, node: fx.Node) -> tuple[Any, str] | None:
-        """Which call of which layer this function belongs to, outermost first."""
-        for key, path in self._stack(node):
-            module = self._modules[path]
-            own = type(module).__module__.startswith(("torch.nn.", "normkit.torch."))
-            chosen = self._whole is not None and self._whole(module)
-            if path and (chosen or (own and not any(True for _ in module.children()))):
-                return key, path
-        return None
 
     def _stack(self, node: fx.Node) -> Iterator[tuple[Any, str]]:
         for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
@@ -197,13 +195,11 @@ class _Reader:
                 path = self._first[id(self._modules[re.sub(r"@\d+$", "", name)])]
             yield (number, again, name), path
 
-    def _node(self, number: int, group: list[fx.Node], layer: str | None, state: Mapping[str, str]) -> Node:
+    def _node(self, number: int, group: list[fx.Node], path: str, layer: bool, state: Mapping[str, str]) -> Node:
         last = group[-1]
+        op = _name(last) if len(group) == 1 else type(self._modules[path]).__name__
         if last.op in ("placeholder", "output"):
-            op, path = "input" if last.op == "placeholder" else "output", ""
-        else:
-            path = layer if layer is not None else next((p for _, p in reversed(list(self._stack(last)))), "")
-            op = _name(last) if len(group) == 1 else type(self._modules[path]).__name__
+            op, layer = "input" if last.op == "placeholder" else "output", False
         inside = set(group)
         inputs, reads, options = dict[int, None](), dict[str, str](), dict[str, Any]()
         for node in group:
@@ -219,7 +215,7 @@ class _Reader:
                         inputs[part.meta["normkit"]] = None
                 if len(group) == 1 and not isinstance(value, fx.Node) and op != "output":
                     options[role] = value
-        return Node(number, op, path, layer is not None, tuple(inputs), _shape(last), reads, options)
+        return Node(number, op, path, layer, tuple(inputs), _shape(last), reads, options)
 
 
 def _nodes(value: Any) -> list[fx.Node]:
