@@ -19,14 +19,16 @@ FRAMEWORKS = {"torch", "keras", "tensorflow", "jax", "flax"}
 # Each part and what it may import of normkit at module level; nobody imports upwards.
 BELOW = {
     "errors": set(),
+    "files": {"errors"},
+    "tables": {"errors", "files"},
     "core": {"errors"},
     "kernels": {"errors", "core"},
     "torch": {"errors", "core", "kernels", "surgery"},
     "keras": {"errors", "core", "kernels"},
     "nnx": {"errors", "core", "kernels"},
     "testing": {"errors", "core"},
-    "experiments": {"errors", "core", "kernels"},
-    "surgery": {"errors", "core"},
+    "experiments": {"errors", "files", "tables", "core", "kernels"},
+    "surgery": {"errors", "tables", "core"},
     "report": {"errors", "core", "experiments"},
     "cli": {"errors", "core", "experiments", "report", "kernels"},
 }

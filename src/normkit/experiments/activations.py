@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from normkit.core.files import save
-from normkit.core.table import as_html, as_text
 from normkit.errors import MissingExtraError, NormTypeError, NormValueError, message
 from normkit.experiments.protocol import training
 from normkit.experiments.results import SiteStats
 from normkit.experiments.sites import Sites
+from normkit.tables import Result, Table, number, plain
 
 __all__ = ["Activations", "activations"]
 
@@ -24,7 +19,7 @@ _HEADINGS = ("site", "activation", "mean", "std", "dead %", "gamma", "beta")
 
 
 @dataclass(frozen=True)
-class Activations:
+class Activations(Result):
     """The inputs of all activations of a model over one batch.
 
     Attributes:
@@ -35,27 +30,22 @@ class Activations:
     model: str
     sites: tuple[SiteStats, ...]
 
-    def __str__(self) -> str:
-        return as_text(_HEADINGS, [_row(site) for site in self.sites], words=2)
+    def table(self) -> Table:
+        """One row per site."""
+        return Table(_HEADINGS, [_row(site) for site in self.sites], words=2)
 
     def _repr_html_(self) -> str:
         try:
-            drawn = self._svg()
+            return super()._repr_html_() + self._svg()
         except MissingExtraError:  # the table needs nothing
-            drawn = ""
-        return as_html(_HEADINGS, [_row(site) for site in self.sites]) + drawn
+            return super()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is not finite becomes None."""
-        return {"model": self.model, "sites": [{k: _plain(v) for k, v in s._asdict().items()} for s in self.sites]}
+        return {"model": self.model, "sites": [plain(site._asdict()) for site in self.sites]}
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the picture as .svg or .png, or the numbers as .json, whole or not at all. Returns the path.
-
-        Raises NormValueError for another ending, NormRuntimeError where the file cannot be written.
-        """
-        as_json = lambda: json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"  # noqa: E731
-        return save(path, {".svg": self._svg, ".png": self._png, ".json": as_json})
+    def _formats(self) -> Mapping[str, Callable[[], str | bytes]]:
+        return {".svg": self._svg, ".png": self._png, **super()._formats()}
 
     def _svg(self) -> str:
         _require()
@@ -146,9 +136,9 @@ def _row(site: SiteStats) -> tuple[str, ...]:
     return (
         site.name,
         site.activation,
-        f"{site.mean:.3g}",
-        f"{site.std:.3g}",
-        f"{100 * site.dead:.3g}",
+        number(site.mean),
+        number(site.std),
+        number(100 * site.dead),
         _spread(site.gamma_mean, site.gamma_std),
         _spread(site.beta_mean, site.beta_std),
     )
@@ -156,7 +146,3 @@ def _row(site: SiteStats) -> tuple[str, ...]:
 
 def _spread(mean: float | None, std: float | None) -> str:
     return "-" if mean is None or std is None else f"{mean:.3g} ± {std:.2g}"
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

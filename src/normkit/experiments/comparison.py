@@ -9,12 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from normkit.core.files import write
 from normkit.errors import NormRuntimeError, message
 from normkit.experiments.analysis import Group, summarize
 from normkit.experiments.config import Config, Task
-from normkit.experiments.files import OutputFolder
 from normkit.experiments.results import TrialResult
+from normkit.files import OutputFolder, write
 
 __all__ = ["Comparison"]
 

@@ -14,12 +14,12 @@ from normkit.experiments.code import Code, refuse_when_imported, takes
 from normkit.experiments.comparison import Comparison
 from normkit.experiments.config import GOALS, Config, Task, is_reference
 from normkit.experiments.data import DEFAULT_DATA, Dataset, from_arrays, is_arrays, load
-from normkit.experiments.files import OutputFolder
 from normkit.experiments.progress import NoProgress, Progress, progress
 from normkit.experiments.results import TrialResult
 from normkit.experiments.runner import Crew, cores, run_trials
 from normkit.experiments.session import Job, Plan
 from normkit.experiments.store import Store
+from normkit.files import OutputFolder
 from normkit.kernels import instruction_sets
 
 __all__ = ["compare"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from normkit.core.table import as_html, as_text
+from normkit.tables import Table
 
 __all__ = ["Graph", "How", "Node"]
 
@@ -60,10 +60,13 @@ class Graph:
         return self._by_id[number]
 
     def __str__(self) -> str:
-        return as_text(_HEADINGS, [_row(node) for node in self.nodes], words=len(_HEADINGS))
+        return str(self._table())
 
     def _repr_html_(self) -> str:
-        return as_html(_HEADINGS, [_row(node) for node in self.nodes])
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        return Table(_HEADINGS, [_row(node) for node in self.nodes], words=len(_HEADINGS))
 
     def producers(self, node: Node) -> tuple[Node, ...]:
         """The nodes that feed this one."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from normkit.core.files import save
-from normkit.core.table import as_html, as_text
 from normkit.surgery.graph import How
+from normkit.tables import Result, Table
 
 __all__ = ["Edit", "Report"]
 
@@ -43,7 +39,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Result):
     """What was done to a model, or would be.
 
     Attributes:
@@ -73,26 +69,14 @@ class Report:
         """What stays as it is, with the reason."""
         return tuple(edit for edit in self.edits if edit.new is None)
 
-    def __str__(self) -> str:
-        return "\n".join([as_text(_HEADINGS, self._rows(), words=len(_HEADINGS)), *self._lines()])
-
-    def _repr_html_(self) -> str:
-        return as_html(_HEADINGS, self._rows()) + as_html(("notes",), [(line,) for line in self._lines()])
+    def table(self) -> Table:
+        """One row per edit, below what is to be said of all."""
+        rows = [(edit.path, edit.old, edit.new or "stays", edit.reason) for edit in self.edits]
+        return Table(_HEADINGS, rows, words=len(_HEADINGS), title="\n".join(self._lines()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the table as .txt or the values as .json, whole or not at all. Returns the path.
-
-        Raises NormValueError for another ending, NormRuntimeError where the file cannot be written.
-        """
-        as_json = lambda: json.dumps(self.to_dict(), indent=1) + "\n"  # noqa: E731
-        return save(path, {".txt": lambda: f"{self}\n", ".json": as_json})
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [(edit.path, edit.old, edit.new or "stays", edit.reason) for edit in self.edits]
 
     def _lines(self) -> Iterator[str]:
         yield f"{self.verb} {self.model}: {len(self.done)} edits, {len(self.kept)} refused; {_SEEN[self.how]}"

@@ -1,4 +1,4 @@
-"""The folder that a comparison writes to."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,27 @@ from pathlib import Path
 
 from normkit.errors import NormRuntimeError, NormValueError, message
 
-__all__ = ["OutputFolder"]
+__all__ = ["OutputFolder", "write"]
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write `content` under `path` in one step: an interruption leaves the old file, or none."""
+    handle, created = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(created)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner alone; a report is meant to be passed on like any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 class OutputFolder:

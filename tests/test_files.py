@@ -3,15 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from normkit.core.files import write
+from normkit import files
 from normkit.errors import NormRuntimeError
-from normkit.experiments import files
 
 
 def test_write_replaces_the_whole_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old and longer")
-    write(path, "new")
+    files.write(path, "new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -27,7 +26,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, moment,
 
     monkeypatch.setattr(os if moment == "fsync" else Path, moment, interrupt)
     with pytest.raises(error):
-        write(path, "new")
+        files.write(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
