@@ -24,7 +24,7 @@ BELOW = {
     "tables": {"errors", "files"},
     "core": {"errors"},
     "kernels": {"errors", "core"},
-    "torch": {"errors", "core", "kernels"},
+    "torch": {"errors", "core", "kernels", "surgery"},
     "keras": {"errors", "core", "kernels"},
     "nnx": {"errors", "core", "kernels"},
     "testing": {"errors", "core"},

@@ -44,7 +44,7 @@ def test_saved_values_are_json_whatever_they_are(tmp_path):
 
 
 def test_paths_that_cannot_be_written(tmp_path):
-    with pytest.raises(NormValueError, match=r"must end in .json or .html; got 'found.txt'"):
-        Found(1.0).save("found.txt")
+    with pytest.raises(NormValueError, match=r"must end in .txt, .json or .html; got 'found.csv'"):
+        Found(1.0).save("found.csv")
     with pytest.raises(NormRuntimeError, match="must be one that can be written"):
         Found(1.0).save(tmp_path / "missing" / "found.json")

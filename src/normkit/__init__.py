@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from normkit.experiments.activations import activations as activations
     from normkit.surgery.adaptation import adapt as adapt
     from normkit.surgery.conversion import port as port
+    from normkit.surgery.folding import fold as fold
     from normkit.surgery.freezing import freeze as freeze
     from normkit.surgery.freezing import param_groups as param_groups
     from normkit.surgery.freezing import unfreeze as unfreeze
@@ -29,6 +30,7 @@ _HOME = {
     "activations": "normkit.experiments.activations",
     "adapt": "normkit.surgery.adaptation",
     "compare": "normkit.experiments",
+    "fold": "normkit.surgery.folding",
     "freeze": "normkit.surgery.freezing",
     "groups_for": "normkit.core.algebra",
     "param_groups": "normkit.surgery.freezing",

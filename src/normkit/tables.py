@@ -92,6 +92,7 @@ class Result(ABC):
     def _formats(self) -> Mapping[str, Callable[[], str | bytes]]:
         """What `save` can write: the ending of the file, and what makes its content."""
         return {
+            ".txt": lambda: f"{self}\n",
             ".json": lambda: json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
             ".html": self._repr_html_,
         }

@@ -197,3 +197,36 @@ def test_entropy_of_scores_and_of_probabilities():
     # Probabilities that underflow to 0 contribute nothing, those of 1e-16 next to nothing.
     assert algebra.entropy(scores) == pytest.approx(expected, rel=1e-12)
     assert algebra.entropy(chances) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("bias", [None, np.array([0.5, -1.0, 2.0, 0.0, 1.0, -3.0])])
+def test_folding_before_a_grouped_map(groups, bias):
+    rng = np.random.default_rng(3)
+    scale, shift, x = rng.normal(size=12), rng.normal(size=12), rng.normal(size=(7, 12))
+    weight = rng.normal(size=(6, 12 // groups))
+
+    def grouped(weight, x):  # one small matrix per group
+        pairs = zip(np.split(weight, groups), np.split(x, groups, axis=1), strict=True)
+        return np.concatenate([part @ w.T for w, part in pairs], axis=1)
+
+    folded, new_bias = algebra.fold_before(weight, bias, scale, shift, groups=groups)
+    want = grouped(weight, scale * x + shift) + (0 if bias is None else bias)
+    # Sums of twelve products of order 1: some tens of half spacings.
+    np.testing.assert_allclose(grouped(folded, x) + new_bias, want, rtol=0, atol=64 * EPS * np.abs(want).max())
+    keras, _ = algebra.fold_before(weight.T, bias, *(np.resize(v, 12 // groups) for v in (scale, shift)), axis=-2)
+    assert keras.shape == weight.T.shape
+
+
+def test_folding_after_a_grouped_transposed_map():
+    rng = np.random.default_rng(4)
+    groups, scale, shift, x = 2, rng.normal(size=6), rng.normal(size=6), rng.normal(size=(5, 8))
+    weight = rng.normal(size=(8, 3))  # inputs of all groups, outputs of one
+
+    def grouped(weight):
+        pairs = zip(np.split(weight, groups), np.split(x, groups, axis=1), strict=True)
+        return np.concatenate([part @ w for w, part in pairs], axis=1)
+
+    folded, bias = algebra.fold_after(weight, None, scale, shift, axis=1, groups=groups)
+    want = scale * grouped(weight) + shift
+    np.testing.assert_allclose(grouped(folded) + bias, want, rtol=0, atol=64 * EPS * np.abs(want).max())

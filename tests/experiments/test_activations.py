@@ -119,7 +119,7 @@ def test_notebooks_show_the_table_where_nothing_can_be_drawn(monkeypatch):
 
 
 def test_paths_that_cannot_be_written(tmp_path):
-    with pytest.raises(NormValueError, match=r"`path` must end in .svg, .png, .json or .html; got 'seen.pdf'"):
+    with pytest.raises(NormValueError, match=r"`path` must end in .svg, .png, .txt, .json or .html; got 'seen.pdf'"):
         SEEN.save("seen.pdf")
     with pytest.raises(NormRuntimeError, match=r"`path` must be one that can be written; got .*No such file"):
         SEEN.save(tmp_path / "no" / "seen.json")

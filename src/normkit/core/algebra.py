@@ -15,6 +15,7 @@ __all__ = [
     "biased",
     "entropy",
     "fold_after",
+    "fold_before",
     "groups_for",
     "merge",
     "pooled",
@@ -136,16 +137,16 @@ def scale_shift(gamma: Any, beta: Any, mean: Any, var: Any, eps: float) -> tuple
 
 
 def fold_after(
-    weight: Any, bias: Any, scale: np.ndarray, shift: np.ndarray, *, axis: int = 0
+    weight: Any, bias: Any, scale: np.ndarray, shift: np.ndarray, *, axis: int = 0, groups: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fold y = scale * linear(x) + shift into the linear map: weight' = scale weight, bias' = scale bias + shift.
 
     Args:
         weight: of a linear map or convolution; `axis` is the one of its output channels (0 in PyTorch's Linear and
-        Conv,
-            1 in its transposed convolutions, -1 in Keras).
+            Conv, 1 in its transposed convolutions, -1 in Keras).
         bias: of shape (channels,), or None for 0.
         scale, shift: of shape (channels,).
+        groups: of a transposed convolution, whose axis 1 holds the output channels of one group.
 
     Returns:
         Weight and bias in float64.
@@ -154,13 +155,58 @@ def fold_after(
         NormValueError: where `scale` has not one entry per output channel.
     """
     w = np.asarray(weight, dtype=np.float64)
-    if scale.shape != (w.shape[axis],):
-        must = f"`scale` must have one entry for each of the {w.shape[axis]} output channels (axis {axis})"
-        raise NormValueError(message(must, f"shape {scale.shape}"))
+    factor = _along(scale, "scale", "output", w, axis, groups)
+    old = 0.0 if bias is None else np.asarray(bias, dtype=np.float64)
+    return w * factor, old * scale + shift
+
+
+def fold_before(
+    weight: Any, bias: Any, scale: np.ndarray, shift: np.ndarray, *, axis: int = 1, groups: int = 1
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Fold y = linear(scale * x + shift) into the linear map: weight' = weight scale, bias' = bias + weight shift.
+
+    Exact for a convolution wherever the whole kernel lies on the input: without padding, or where shift is 0. For a
+    transposed convolution, whose kernels hang over, shift must be 0.
+
+    Args:
+        weight: of a linear map or convolution.
+        bias: of shape (output channels,), or None for 0.
+        scale, shift: of shape (input channels,).
+        axis: of the input channels: 1 in PyTorch's Linear and Conv, 0 in its transposed convolutions, -2 in Keras.
+        groups: of a convolution, whose axis 1 holds the input channels of one group.
+
+    Returns:
+        Weight and bias in float64; the bias is None where there was none and shift is 0.
+
+    Raises:
+        NormValueError: where `scale` has not one entry per input channel.
+    """
+    w = np.asarray(weight, dtype=np.float64)
+    folded = w * _along(scale, "scale", "input", w, axis, groups)
+    old = None if bias is None else np.asarray(bias, dtype=np.float64)
+    if not np.any(shift):
+        return folded, old
+    outputs = {1: 0, 0: 1, -2: w.ndim - 1}[axis]
+    shifted = w * _along(shift, "shift", "input", w, axis, groups)
+    more = shifted.sum(axis=tuple(at for at in range(w.ndim) if at != outputs))
+    return folded, more if old is None else old + more
+
+
+def _along(values: np.ndarray, name: str, side: str, w: np.ndarray, axis: int, groups: int) -> np.ndarray:
+    """One value per channel, in a shape that broadcasts against the weight.
+
+    Axis 0 counts the channels of all groups; axis 1 those of one group, which the rows of each group share.
+    """
+    channels = w.shape[axis] * groups
+    if values.shape != (channels,):
+        must = f"`{name}` must have one entry for each of the {channels} {side} channels (axis {axis})"
+        raise NormValueError(message(must, f"shape {values.shape}"))
+    if groups > 1:
+        rows = np.repeat(values.reshape(groups, -1), w.shape[0] // groups, axis=0)
+        return rows.reshape(*w.shape[:2], *[1] * (w.ndim - 2))
     shape = [1] * w.ndim
     shape[axis] = -1
-    old = 0.0 if bias is None else np.asarray(bias, dtype=np.float64)
-    return w * scale.reshape(shape), old * scale + shift
+    return values.reshape(shape)
 
 
 def entropy(scores: Any) -> float:

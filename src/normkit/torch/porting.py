@@ -13,7 +13,7 @@ from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.torch import factory, layers
 
-__all__ = ["is_norm", "make", "read", "walk", "write"]
+__all__ = ["NAMES", "is_norm", "make", "read", "walk", "write"]
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -23,7 +23,7 @@ _NORMS = (
     nn.LayerNorm,
     nn.RMSNorm,
 )
-_NAMES = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var", "std": "running_std"}
+NAMES = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var", "std": "running_std"}
 
 
 def is_norm(layer: Any) -> bool:
@@ -99,7 +99,7 @@ def write(layer: Any, record: NormRecord) -> None:
     elif getattr(layer, "running_var", None) is not None:
         found["var"] = record.variance()
     with torch.no_grad():
-        for name, attribute in _NAMES.items():
+        for name, attribute in NAMES.items():
             target, value = getattr(layer, attribute, None), found.get(name)
             if target is None:
                 if name in ("gamma", "beta") and value is not None:
@@ -155,7 +155,7 @@ def _spatial(layer: nn.Module) -> int | None:
 
 def _arrays(layer: nn.Module) -> dict[str, Any]:
     def array(name: str) -> np.ndarray | None:
-        value = getattr(layer, _NAMES[name], None)
+        value = getattr(layer, NAMES[name], None)
         return None if value is None else value.detach().double().cpu().numpy().copy()
 
     count = getattr(layer, "num_batches_tracked", None)

@@ -1,0 +1,408 @@
+"""The verb `fold`: norms into the linear maps beside them, wherever that is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from normkit.core.algebra import scale_shift
+from normkit.core.record import NormRecord
+from normkit.errors import NormTypeError, message
+from normkit.surgery.graph import Graph, Node
+from normkit.surgery.plan import Edit, Report
+from normkit.frameworks import framework_of
+from normkit.surgery.sites import Site
+
+__all__ = ["Change", "Fold", "Opened", "fold", "planned"]
+
+# `addmm` is a linear map with its weight as (inputs, outputs).
+_LINEAR = frozenset(("linear", "addmm", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
+# Functions that only move values: each value of the outputs is one of the input.
+# fmt: off
+_MOVES = frozenset((
+    "channel_shuffle", "chunk", "clone", "contiguous", "detach", "dropout", "expand", "flatten", "getitem",
+    "identity", "movedim", "narrow", "pad", "permute", "pixel_shuffle", "pixel_unshuffle", "reshape",
+    "reshape_as", "roll", "select", "slice", "split", "squeeze", "swapaxes", "swapdims", "t", "transpose",
+    "unbind", "unflatten", "unsqueeze", "view", "view_as",
+))
+# fmt: on
+
+
+class Change(NamedTuple):
+    """What happens to one linear map: y = scale * map(x) + shift, y = map(scale * x + shift), or its bias goes."""
+
+    side: Literal["output", "input", "bias"]
+    weight: str
+    bias: str | None  # where it is, or would be made; None where the map has no place for one
+    axis: int  # of the weight, which holds these channels
+    groups: int  # that share the axis
+    scale: np.ndarray
+    shift: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A norm, what becomes of it, and the linear maps that make up for it."""
+
+    site: Site
+    leaves: Literal["nothing", "bare", "whole"]  # of the norm: nothing, its part without gamma and beta, all of it
+    changes: tuple[Change, ...]
+
+    @property
+    def edit(self) -> Edit:
+        """For the report."""
+        into = tuple(change.weight.rpartition(".")[0] or change.weight for change in self.changes)
+        where = f"{'its gamma and beta go ' if self.leaves == 'bare' else ''}into {', '.join(into)}"
+        if self.leaves == "whole":
+            return Edit(self.changes[0].bias or "", "a bias", "no bias", f"{self.site.path} subtracts it again", into)
+        new = "identity" if self.leaves == "nothing" else f"{self.site.kind} without gamma and beta"
+        return Edit(self.site.path, str(self.site), new, where, tuple(change.weight for change in self.changes))
+
+
+class Opened(Protocol):
+    """A model that was looked into: `normkit.<framework>.folding.opened`."""
+
+    graph: Graph
+    sites: tuple[Site, ...]
+
+    def run(self, node: Node, values: Mapping[int, Any]) -> Any:
+        """Apply the function of a node to other values; None where it cannot be run."""
+
+    def shape(self, state: str) -> tuple[int, ...]:
+        """Of a parameter or buffer."""
+
+    def bias_beside(self, weight: str) -> str | None:
+        """Path of the bias that belongs to a weight, existing or not; None where there is no place for one."""
+
+    def obstacle(self, norm: str, weight: str) -> str | None:
+        """Why the values between two layers must stay as they are: hooks, parametrizations."""
+
+    def settle(self, folds: Sequence[Fold]) -> dict[int, str]:
+        """Try the folds on a copy; number and reason of each that changes the outputs."""
+
+    def finish(self, folds: Sequence[Fold], *, inplace: bool, optimizer: Any) -> tuple[Any, float]:
+        """The model with these folds, and the relative change of its outputs on the example."""
+
+
+def fold(
+    model: Any,
+    example: Any,
+    *,
+    inplace: bool = False,
+    dry_run: bool = False,
+    return_report: bool = False,
+    optimizer: Any = None,
+) -> Any:
+    """Fold norms into the linear maps beside them: the same outputs in evaluation mode from fewer operations.
+
+    A norm with kept statistics is y = s x + t per channel, with s = gamma / sqrt(var + eps), t = beta - mean s.
+
+    - Batch norm in evaluation mode, and frozen batch norm, goes into the convolution or linear map before it, W' = s W,
+      b' = s b + t, or into those behind it, W' = W s, b' = b + W t (with padding only where t is 0), and becomes an
+      identity.
+    - gamma and beta of layer, RMS, group and instance norm go into the linear maps behind it, if nothing else reads its
+      output; the norm stays, without them.
+    - A bias that the norm behind it subtracts again goes away (instance norm; batch norm without kept statistics).
+
+    Between norm and map may lie what only moves values: flatten, permute, reshape, dropout in evaluation mode. Products
+    are taken in float64. Who feeds whom is read from the traced forward pass, not from the order of attributes. A norm
+    stays, and the report says why, where anything else reads the value in between, a weight is used twice, the norm is
+    in training mode or called more than once, or hooks or parametrizations look at what would change.
+
+    The folds are then tried on a copy of the model in float64 (in its own type where that does not work), on the
+    example and on random inputs like it; what changes an output by more than 1e-10 of the largest is left out (1e-6
+    where the model computes parts in a narrower type whatever its own is).
+
+    Args:
+        model: a torch.nn.Module, usually after `model.eval()`.
+        example: inputs that the model takes: a tensor or array (N, ...); a dictionary of them, taken by name; a tuple
+            or list of them.
+        inplace: change the model itself, all of it or nothing.
+        dry_run: return the report of what would be done, and do nothing.
+        return_report: return (model, report).
+        optimizer: made for this model; its groups and state move to the parameters of the result.
+
+    Returns:
+        A new model; modes, types, devices, hooks, tied weights and `requires_grad` stay. With `dry_run` the report.
+
+    Raises:
+        NormTypeError: for what is no PyTorch model, a compiled or scripted one, an example that does not fit it.
+        NormValueError: for lazy layers.
+
+    Example:
+        >>> import normkit, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        >>> print(normkit.fold(model, torch.randn(2, 3, 8, 8)))
+        Sequential(
+          (0): Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
+          (1): Identity()
+          (2): ReLU()
+        )
+    """
+    framework = framework_of(model)
+    if framework != "torch":
+        must = "`model` must be a torch.nn.Module"
+        raise NormTypeError(message(must, f"a model of {framework}"))
+    from normkit.torch.folding import opened
+
+    subject = opened(model, example)
+    found = planned(subject)
+    folds = [one for one in found if isinstance(one, Fold)]
+    rejected = subject.settle(folds)
+    accepted = [one for number, one in enumerate(folds) if number not in rejected]
+    reasons = {id(folds[number]): reason for number, reason in rejected.items()}
+    edits = [_edit(one, reasons) for one in found]
+    notes = (
+        [] if optimizer is not None else ["an optimizer made before holds the old parameters: give it as `optimizer`"]
+    )
+    report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), tuple(notes))
+    if dry_run:
+        return report
+    result, difference = subject.finish(accepted, inplace=inplace, optimizer=optimizer)
+    return (result, replace(report, difference=difference)) if return_report else result
+
+
+def _edit(one: Fold | Edit, rejected: Mapping[int, str]) -> Edit:
+    edit = one.edit if isinstance(one, Fold) else one
+    reason = rejected.get(id(one))
+    return edit if reason is None else Edit(edit.path, edit.old, None, reason)
+
+
+def planned(subject: Opened) -> list[Fold | Edit]:
+    """The folds of a model, and an edit that changes nothing for each norm that has none. Nothing is tried yet."""
+    plan = _Plan(subject)
+    order = {node.path: node.id for node in reversed(subject.graph.nodes)}
+    for site in sorted(subject.sites, key=lambda site: order.get(site.path, len(order))):
+        plan.add(site)
+    return plan.found
+
+
+class _Refused(Exception):  # noqa: N818  # the reason why a norm stays
+    pass
+
+
+@dataclass
+class _Plan:
+    subject: Opened
+    found: list[Fold | Edit] = field(default_factory=list)
+    gone: set[int] = field(default_factory=set)  # nodes that are identities by now
+
+    def add(self, site: Site) -> None:
+        try:
+            node = self._call(site)
+            folds = self._constant(site, node) if site.constant else self._affine(site, node)
+        except _Refused as reason:
+            self.found.append(Edit(site.path, str(site), None, str(reason)))
+        else:
+            self.found += folds
+
+    def _call(self, site: Site) -> Node:
+        calls = self.subject.graph.calls(site.path)
+        if not calls:
+            raise _Refused("it is not called as a layer on this example")
+        if len(calls) > 1:
+            raise _Refused(f"it is called {len(calls)} times")
+        if len(calls[0].inputs) != 1:
+            raise _Refused("it takes more than one input")
+        return calls[0]
+
+    def _constant(self, site: Site, node: Node) -> list[Fold]:
+        record = site.record
+        scale, shift = scale_shift(_gamma(record), record.beta, record.kept["mean"], record.variance(), record.eps)
+        try:
+            changes: tuple[Change, ...] = (self._before(site, node, scale, shift),)
+        except _Refused as before:
+            try:
+                changes = self._behind(site, node, scale, shift)
+            except _Refused as behind:
+                raise _Refused(f"{before}; {behind}") from None
+        self.gone.add(node.id)
+        return [Fold(site, "nothing", changes)]
+
+    def _affine(self, site: Site, node: Node) -> list[Fold]:
+        record = site.record
+        if record.kind in ("batch", "ghost", "renorm") and record.kept:
+            raise _Refused("it is in training mode: call model.eval() first")
+        folds = []
+        size = record.shape
+        if record.kind == "instance" or (record.kind in ("batch", "group") and record.groups in (None, *size)):
+            try:
+                change = self._before(site, node, np.ones(size), np.zeros(size))
+            except _Refused:
+                pass
+            else:
+                if change.bias in change_state(self.subject.graph, change):
+                    folds.append(Fold(site, "whole", (change._replace(side="bias"),)))
+        if record.gamma is None and record.beta is None:
+            if not folds:
+                raise _Refused("it has no gamma and beta, and its statistics are those of the input")
+            return folds
+        gamma, beta = _gamma(record), record.beta
+        for role in ("gamma", "beta"):
+            path = f"{site.path}.{site.names[role]}" if role in site.names else ""
+            if path and len(self.subject.graph.readers(path)) > 1:
+                raise _Refused(f"its {role} is used elsewhere too")
+        scale = np.ones(size) if gamma is None else gamma
+        shift = np.zeros(size) if beta is None else beta
+        try:
+            folds.append(Fold(site, "bare", self._behind(site, node, scale.ravel(), shift.ravel())))
+        except _Refused:
+            if not folds:
+                raise
+        return folds
+
+    def _before(self, site: Site, node: Node, scale: np.ndarray, shift: np.ndarray) -> Change:
+        graph, path = self.subject.graph, [node]
+        while True:
+            producers = graph.producers(path[-1])
+            if len(producers) != 1:
+                raise _Refused(f"{path[-1]} before it has {len(producers)} inputs")
+            producer = producers[0]
+            if producer.op not in _LINEAR:
+                self._check_moves(producer, "before")
+            readers = len(graph.consumers(producer))
+            if readers > 1:
+                raise _Refused(f"the output of {producer} before it is read {readers} times")
+            if producer.op in _LINEAR:
+                break
+            path.append(producer)
+        change = self._change("output", producer)
+        self._check_obstacles(site, change)
+        channels = self._channels(change)
+        values = _laid_out(np.arange(channels), producer.shape, _axis(producer))
+        for mover in reversed(path[1:]):
+            values = self._moved(mover, values)
+        # The channel of the map behind each channel of the norm.
+        origin = _constant_along(values, *_own_axes(site.record, len(np.shape(values))))
+        if origin is None:
+            raise _Refused(f"values between {producer} and the norm change their channel")
+        wide = [np.ones(channels), np.zeros(channels)]
+        for target, own in zip(wide, (scale, shift), strict=True):
+            target[origin] = own
+            if not np.array_equal(target[origin], own):
+                raise _Refused(f"a channel of {producer} goes to several channels of the norm")
+        return self._with(change, *wide)
+
+    def _behind(self, site: Site, node: Node, scale: np.ndarray, shift: np.ndarray) -> tuple[Change, ...]:
+        if node.shape is None:
+            raise _Refused("its output is not one tensor")
+        axes = _own_axes(site.record, len(node.shape))
+        start = np.arange(scale.size).reshape([node.shape[axis] for axis in axes])
+        changes: list[Change] = []
+        waiting = [(node, _laid_out(start, node.shape, *axes))]
+        while waiting:
+            giver, values = waiting.pop()
+            for reader in self.subject.graph.consumers(giver):
+                if reader.op in _LINEAR:
+                    changes.append(self._into(site, giver, reader, values, scale, shift))
+                else:
+                    self._check_moves(reader, "behind")
+                    waiting.append((reader, self._moved(reader, values)))
+        if not changes:
+            raise _Refused("nothing reads its output")
+        return tuple(changes)
+
+    def _into(self, site: Site, giver: Node, reader: Node, values: Any, scale: np.ndarray, shift: np.ndarray) -> Change:
+        if reader.inputs != (giver.id,):
+            raise _Refused(f"{reader} behind it has a weight that is computed")
+        change = self._change("input", reader)
+        self._check_obstacles(site, change)
+        origin = _constant_along(values, _axis(reader) % np.ndim(values))
+        if origin is None:
+            raise _Refused(f"values between the norm and {reader} change their channel")
+        scale, shift = scale[origin], shift[origin]
+        if np.any(shift) and not self._whole_kernels(reader):
+            raise _Refused(f"kernels of {reader} behind it reach beyond the input, where the norm shifts nothing")
+        return self._with(change, scale, shift)
+
+    def _change(self, side: Literal["output", "input"], node: Node) -> Change:
+        graph, weight = self.subject.graph, node.state.get("weight")
+        if weight is None:
+            raise _Refused(f"the weight of {node} is computed")
+        for path in node.state.values():
+            if len(graph.readers(path)) > 1:
+                raise _Refused(f"{node} has a weight that is used {len(graph.readers(path))} times")
+        transposed = node.op.startswith(("conv_transpose", "addmm"))
+        axis = int(transposed) if side == "output" else int(not transposed)
+        bias = node.state.get("bias") or self.subject.bias_beside(weight)
+        nothing = np.empty(0)
+        groups = int(node.options.get("groups", 1)) if axis == 1 else 1
+        return Change(side, weight, bias, axis, groups, nothing, nothing)
+
+    def _with(self, change: Change, scale: np.ndarray, shift: np.ndarray) -> Change:
+        if np.any(shift) and change.bias is None:
+            raise _Refused(f"there is no place for a bias beside {change.weight}")
+        return change._replace(scale=scale, shift=shift)
+
+    def _channels(self, change: Change) -> int:
+        return self.subject.shape(change.weight)[change.axis] * change.groups
+
+    def _check_obstacles(self, site: Site, change: Change) -> None:
+        reason = self.subject.obstacle(site.path, change.weight)
+        if reason is not None:
+            raise _Refused(reason)
+
+    def _check_moves(self, node: Node, where: str) -> None:
+        padding = node.op == "pad" and node.options.get("mode", "constant") == "constant"
+        active = node.op == "dropout" and node.options.get("training", True)
+        if node.op not in _MOVES and node.id not in self.gone:
+            raise _Refused(f"{node} is {where} it")
+        if padding or active:
+            raise _Refused(f"{node} {where} it {'adds zeros' if padding else 'is in training mode'}")
+
+    def _moved(self, node: Node, values: Any) -> Any:
+        if node.id in self.gone or node.op in ("dropout", "identity"):
+            return values
+        moved = self.subject.run(node, {node.inputs[0]: values}) if len(node.inputs) == 1 else None
+        if moved is None:
+            raise _Refused(f"what {node} does with the channels is not known")
+        return moved
+
+    def _whole_kernels(self, node: Node) -> bool:
+        """Whether every output reads inside the input: no padding, no kernel that hangs over."""
+        kernel = self.subject.shape(node.state["weight"])[2:]
+        if node.op.startswith("conv_transpose"):
+            return False
+        padding = node.options.get("padding", 0)
+        if isinstance(padding, str):
+            return padding == "valid" or (padding == "same" and all(n == 1 for n in kernel))
+        return not np.any(padding)
+
+
+def change_state(graph: Graph, change: Change) -> tuple[str, ...]:
+    """The parameters of the map that a change concerns."""
+    return tuple(graph.readers(change.weight)[0].state.values())
+
+
+def _gamma(record: NormRecord) -> np.ndarray | None:
+    return record.gamma if record.gamma is None or record.gain == "w" else record.gamma + 1
+
+
+def _axis(node: Node) -> int:
+    """Of the channels, counted from the end: a convolution may come without a batch axis."""
+    return -1 if node.op in ("linear", "addmm") else -1 - int(node.op[-2])
+
+
+def _own_axes(record: NormRecord, ndim: int) -> tuple[int, ...]:
+    """Axes of the input that gamma has."""
+    return (1,) if record.axis == 1 else tuple(range(ndim - len(record.shape), ndim))
+
+
+def _laid_out(numbers: np.ndarray, shape: tuple[int, ...] | None, *axes: int) -> np.ndarray:
+    """`numbers` along these axes, repeated along the others."""
+    if shape is None:
+        raise _Refused("a layer beside it gives more than one tensor")
+    own = [axis % len(shape) for axis in axes]
+    spread = [length if axis in own else 1 for axis, length in enumerate(shape)]
+    return np.broadcast_to(numbers.reshape(spread), shape)
+
+
+def _constant_along(values: Any, *axes: int) -> np.ndarray | None:
+    """The numbers along these axes, where they are the same everywhere else; None where they are not."""
+    array = np.asarray(values)
+    rows = np.moveaxis(array, axes, range(len(axes))).reshape(np.prod([array.shape[a] for a in axes], dtype=int), -1)
+    return rows[:, 0] if rows.size and (rows == rows[:, :1]).all() else None

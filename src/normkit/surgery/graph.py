@@ -1,0 +1,110 @@
+"""Who feeds whom in a model, as plain values, whatever framework it was read from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from normkit.tables import Table
+
+__all__ = ["Graph", "How", "Node"]
+
+# How a graph was read: from the traced program (two tracers), or from the order of layers in plain sequences alone.
+How = Literal["dynamo", "export", "modules"]
+_HEADINGS = ("id", "function", "called in", "inputs", "shape")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One call, in the order of the calls.
+
+    Attributes:
+        id: its number.
+        op: the function by its plain name (`relu`, also for `F.relu_`, `x.relu()` and `nn.ReLU`); the class of a layer
+            that calls several functions; `input`, `output`; `unknown` for what lies outside the part that was seen.
+        path: of the module that makes the call, "" for the model itself.
+        layer: whether this is all that one call of the module at `path` does.
+        inputs: numbers of the nodes that feed it.
+        shape: of its output on the example, None where it has several outputs.
+        state: parameters and buffers it reads, role to path. A shared one goes by its first path.
+        options: its other arguments, by name where the function is one whose arguments matter here.
+    """
+
+    id: int
+    op: str
+    path: str = ""
+    layer: bool = False
+    inputs: tuple[int, ...] = ()
+    shape: tuple[int, ...] | None = None
+    state: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.op in ("input", "output"):
+            return f"the {self.op} of the model"
+        if self.op == "unknown":
+            return "a part that could not be seen"
+        return f"{self.op} at {self.path}" if self.path else self.op
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The calls of one forward pass. Nothing is left out: a tensor that is read twice has two consumers."""
+
+    how: How
+    nodes: tuple[Node, ...]
+
+    def __getitem__(self, number: int) -> Node:
+        return self._by_id[number]
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        return Table(_HEADINGS, [_row(node) for node in self.nodes], words=len(_HEADINGS))
+
+    def producers(self, node: Node) -> tuple[Node, ...]:
+        """The nodes that feed this one."""
+        return tuple(self[number] for number in node.inputs)
+
+    def consumers(self, node: Node) -> tuple[Node, ...]:
+        """The nodes that read what this one gives; the output of the model is one of them."""
+        return self._consumers.get(node.id, ())
+
+    def calls(self, path: str) -> tuple[Node, ...]:
+        """The calls of the layer at this path: none, one, or several where it is used again."""
+        return tuple(node for node in self.nodes if node.layer and node.path == path)
+
+    def readers(self, state: str) -> tuple[Node, ...]:
+        """The nodes that read this parameter or buffer."""
+        return self._readers.get(state, ())
+
+    @cached_property
+    def _by_id(self) -> dict[int, Node]:
+        return {node.id: node for node in self.nodes}
+
+    @cached_property
+    def _consumers(self) -> dict[int, tuple[Node, ...]]:
+        return _inverted((number, node) for node in self.nodes for number in node.inputs)
+
+    @cached_property
+    def _readers(self) -> dict[str, tuple[Node, ...]]:
+        return _inverted((path, node) for node in self.nodes for path in node.state.values())
+
+
+def _inverted(pairs: Any) -> dict[Any, tuple[Node, ...]]:
+    found: dict[Any, dict[int, Node]] = {}
+    for key, node in pairs:
+        found.setdefault(key, {})[node.id] = node
+    return {key: tuple(nodes.values()) for key, nodes in found.items()}
+
+
+def _row(node: Node) -> tuple[str, ...]:
+    inputs = ", ".join(map(str, node.inputs))
+    shape = "" if node.shape is None else " x ".join(map(str, node.shape))
+    return str(node.id), node.op, node.path, inputs, shape

@@ -1,0 +1,152 @@
+"""Copying a PyTorch model, replacing layers and values in it, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.errors import NormTypeError, message
+
+__all__ = ["Transaction", "carry", "check_plain", "copied", "split", "transaction"]
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise NormTypeError for a model whose layers are hidden: compiled, scripted, wrapped for several devices."""
+    hint = {
+        "OptimizedModule": "give model._orig_mod, and compile the result",
+        "DistributedDataParallel": "give model.module, and wrap the result",
+        "DataParallel": "give model.module, and wrap the result",
+        "FullyShardedDataParallel": "change the model before it is sharded",
+    }.get(type(model).__name__)
+    if isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
+        hint = "give the model it was made from"
+    if hint is not None:
+        raise NormTypeError(message("`model` must be a plain torch.nn.Module", type(model).__name__, hint))
+
+
+def copied(model: nn.Module) -> Any:
+    """A deep copy: hooks, tied weights, modes, `requires_grad` and attributes set on parameters are those of `model`.
+
+    Gradients are not copied. Raises NormTypeError where a part cannot be copied.
+    """
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:
+        must = f"`model` must be one that copy.deepcopy takes ({error})"
+        raise NormTypeError(message(must, type(model).__name__, "inplace=True")) from error
+    for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+        its.__dict__.update(mine.__dict__)  # deepcopy drops them
+    return twin
+
+
+def split(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, buffer or layer, and its name there."""
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner), name
+
+
+class Transaction:
+    """Changes of a model, each with what undoes it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._undo: list[Callable[[], Any]] = []
+
+    def replace(self, path: str, new: nn.Module) -> None:
+        """Put a layer in the place of another, everywhere that one is registered."""
+        old = self._model.get_submodule(path)
+        for parent in list(self._model.modules()):
+            for name, child in list(parent._modules.items()):
+                if child is old:
+                    self._undo.append(_setter(parent._modules, name, old))
+                    parent._modules[name] = new
+        new.train(old.training)
+
+    def write(self, path: str, value: Any) -> None:
+        """Give a parameter or buffer other values of the same shape; it stays the same object."""
+        owner, name = split(self._model, path)
+        tensor: Tensor = getattr(owner, name)
+        before = tensor.detach().clone()
+        self._undo.append(lambda: _write(tensor, before))
+        _write(tensor, value)
+
+    def set(self, path: str, value: Any, like: Tensor | None = None) -> None:
+        """Make or take out (None) a parameter; a new one has the type, device and `requires_grad` of `like`."""
+        owner, name = split(self._model, path)
+        self._undo.append(_setter(owner._parameters, name, owner._parameters[name]))
+        if value is not None:
+            assert like is not None
+            made = torch.as_tensor(value).to(like.device, like.dtype)
+            value = nn.Parameter(made, requires_grad=like.requires_grad)
+        owner._parameters[name] = value
+
+    def attribute(self, path: str, value: Any) -> None:
+        """Set an existing plain attribute of a layer."""
+        owner, name = split(self._model, path)
+        self._undo.append(_setter(vars(owner), name, vars(owner)[name]))
+        vars(owner)[name] = value
+
+    def undo(self) -> None:
+        """Take back everything."""
+        while self._undo:
+            self._undo.pop()()
+
+
+@contextlib.contextmanager
+def transaction(model: nn.Module) -> Iterator[Transaction]:
+    """Inside, changes of the model that are taken back where anything fails, Ctrl-C included."""
+    changes = Transaction(model)
+    try:
+        yield changes
+    except BaseException:
+        changes.undo()
+        raise
+
+
+def carry(
+    optimizer: torch.optim.Optimizer, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]
+) -> None:
+    """Move the groups and the state of an optimizer to the parameters of a changed model, by their paths.
+
+    A parameter that is new joins the group of the one beside it, one that is gone leaves.
+    """
+    paths = {parameter: path for path, parameter in before.items()}
+    owners = {path.rpartition(".")[0] for path in before}
+    fresh = [path for path in after if path not in before and path.rpartition(".")[0] in owners]
+    groups, state = [], {}
+    for group in optimizer.param_groups:
+        kept: list[nn.Parameter] = []
+        for parameter in group["params"]:
+            path = paths.get(parameter)
+            if path is not None and path not in after:
+                continue
+            moved = parameter if path is None else after[path]
+            kept.append(moved)
+            if parameter in optimizer.state:
+                state[moved] = optimizer.state[parameter]
+            beside = "" if path is None else path.rpartition(".")[0]
+            joining = [new for new in fresh if path is not None and new.rpartition(".")[0] == beside]
+            kept += [after[new] for new in joining]
+            fresh = [new for new in fresh if new not in joining]
+        groups.append(kept)
+    for group, kept in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = kept
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def _setter(values: dict[str, Any], name: str, value: Any) -> Callable[[], None]:
+    def set_back() -> None:
+        values[name] = value
+
+    return set_back
+
+
+def _write(tensor: Tensor, value: Any) -> None:
+    with torch.no_grad():
+        tensor.copy_(torch.as_tensor(value))
