@@ -11,9 +11,9 @@ import numpy as np
 from normkit.core.algebra import scale_shift
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, message
+from normkit.frameworks import framework_of
 from normkit.surgery.graph import Graph, Node
 from normkit.surgery.plan import Edit, Report
-from normkit.frameworks import framework_of
 from normkit.surgery.sites import Site
 
 __all__ = ["Change", "Fold", "Opened", "fold", "planned"]
