@@ -222,6 +222,11 @@ def test_a_bias_goes_only_where_it_is_subtracted_again(norm, removed):
     assert ("0.bias" in {edit.path for edit in report.done}) == removed
 
 
+def test_a_bias_that_is_part_of_kept_statistics_stays():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, affine=True, track_running_stats=True), nn.ReLU())
+    assert not normkit.fold(model, X, dry_run=True).done
+
+
 class Branches(nn.Module):
     """A norm whose input, or whose output, is read by something else too."""
 
@@ -264,6 +269,7 @@ def training(model):
     return model
 
 
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 CONV = nn.Conv2d(3, 3, 1)
 REFUSED = {
     "its input is read again": (Branches("before"), "the output of conv2d at conv before it is read 2 times"),
@@ -311,9 +317,6 @@ def test_channels_that_come_from_several_of_the_map_are_folded_where_each_has_on
 def trained(*more):
     torch.manual_seed(0)
     return randomized(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), *more))
-
-
-X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_what_does_not_change_is_kept():
@@ -561,6 +564,35 @@ def test_a_report_is_a_table_a_page_and_values(tmp_path):
     assert [edit.path for edit in again.edits] == ["3"]
 
 
+class Mute(nn.Module):
+    def forward(self, x):
+        return "nothing to compare"
+
+
+class Strict(nn.Module):
+    """Takes texts that begin with the token 1 only, and makes float32 of them whatever its type."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.body = nn.Embedding(9, 6), nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4))
+
+    def forward(self, tokens):
+        if not bool((tokens[:, 0] == 1).all()):
+            raise ValueError("no text")
+        return self.body(self.table(tokens).float())
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.export about the condition
+def test_a_model_that_takes_neither_float64_nor_other_inputs_is_tried_on_what_it_takes():
+    model = randomized(Strict())
+    tokens = torch.tensor([[1, 2, 3], [1, 4, 5]])
+    trial = torch_folding._Trial(model, tokens)
+    assert (len(trial._given), trial._close) == (1, 100 * torch.finfo(torch.float32).eps)
+    folded, report = normkit.fold(model, tokens, return_report=True)
+    assert not report.kept, report
+    same(model(tokens), folded(tokens), torch.float32)
+
+
 @pytest.mark.parametrize(
     ("model", "example", "said"),
     [
@@ -569,6 +601,7 @@ def test_a_report_is_a_table_a_page_and_values(tmp_path):
         (nn.BatchNorm2d(3), (X, X), "must take the inputs it is given"),
         (torch.compile(nn.BatchNorm2d(3)), X, "give model._orig_mod"),
         (nn.DataParallel(nn.BatchNorm2d(3)), X, "give model.module"),
+        (Mute(), X, "must return tensors, .*; got str"),
     ],
 )
 def test_what_cannot_be_looked_into(model, example, said):

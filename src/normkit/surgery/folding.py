@@ -18,6 +18,7 @@ from normkit.surgery.sites import Site
 
 __all__ = ["Change", "Fold", "Opened", "fold", "planned"]
 
+_NO_OPTIMIZER = "an optimizer made before holds the old parameters: give it as `optimizer`"
 # `addmm` is a linear map with its weight as (inputs, outputs).
 _LINEAR = frozenset(("linear", "addmm", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
 # Functions that only move values: each value of the outputs is one of the input.
@@ -156,10 +157,8 @@ def fold(
     accepted = [one for number, one in enumerate(folds) if number not in rejected]
     reasons = {id(folds[number]): reason for number, reason in rejected.items()}
     edits = [_edit(one, reasons) for one in found]
-    notes = (
-        [] if optimizer is not None else ["an optimizer made before holds the old parameters: give it as `optimizer`"]
-    )
-    report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), tuple(notes))
+    notes = () if optimizer is not None else (_NO_OPTIMIZER,)
+    report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), notes)
     if dry_run:
         return report
     result, difference = subject.finish(accepted, inplace=inplace, optimizer=optimizer)
@@ -229,7 +228,8 @@ class _Plan:
             raise _Refused("it is in training mode: call model.eval() first")
         folds = []
         size = record.shape
-        if record.kind == "instance" or (record.kind in ("batch", "group") and record.groups in (None, *size)):
+        # With kept statistics the bias is part of what is kept.
+        if not record.kept and (record.kind in ("instance", "batch") or record.groups in size):
             try:
                 change = self._before(site, node, np.ones(size), np.zeros(size))
             except _Refused:
