@@ -10,7 +10,7 @@ import pytest
 from architectures import ARCHITECTURES, built
 
 import normkit
-from normkit.torch.folding import _Narrow, _outputs
+from normkit.torch.folding import _Narrow, _outputs, _relative
 from normkit.torch.sites import sites
 
 QUICK = {"resnet", "levit", "convnext", "llama", "gpt2", "hubert"}
@@ -25,6 +25,7 @@ STAYS = {
     "patchtsmixer": (2, "values between the norm and linear .* change their channel"),
     "dpt": (2, NEVER_CALLED),
 }
+NOT_IN_FLOAT64 = {"mixtral"}  # its product of grouped matrices is for float32 and narrower
 found: dict[str, tuple[int, int, int, int]] = {}
 
 
@@ -48,22 +49,22 @@ def test_every_batch_norm_that_can_be_folded_is(name):
     other = {key: value.flip(0) for key, value in x.items()} if isinstance(x, dict) else 2 * x.flip(0) + 0.1
     for inputs in (x, other):
         assert _change(model, folded, inputs) <= 1e-5
+    bare = {edit.path for edit in report.done} & others
+    found[name] = (len(constant) - len(stays), len(constant), len(bare), len(others))
+    if name in NOT_IN_FLOAT64:
+        return
     model.double()
     with _Narrow() as narrow:
         _outputs(model, x)
     again = normkit.fold(model, x)
     # 6e-8 is a spacing of float32, in which some models compute parts whatever their type.
     assert _change(model, again, x) <= (1e-6 if narrow.seen else 1e-12)
-    bare = {edit.path for edit in report.done} & others
-    found[name] = (len(constant) - len(stays), len(constant), len(bare), len(others))
 
 
 def _change(model, folded, inputs):
     """Largest change of an output over the largest value of it."""
     pairs = zip(_outputs(model, inputs), _outputs(folded, inputs), strict=True)
-    changes = [(a - b).abs().max().item() / a.abs().max().item() for a, b in pairs if a.is_floating_point()]
-    assert changes
-    return max(changes)
+    return max(_relative(before, after) for before, after in pairs)
 
 
 @pytest.mark.long

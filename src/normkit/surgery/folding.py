@@ -120,7 +120,8 @@ def fold(
     Args:
         model: a torch.nn.Module, usually after `model.eval()`.
         example: inputs that the model takes: a tensor or array (N, ...); a dictionary of them, taken by name; a tuple
-            or list of them.
+            or list of them. What is folded is exact for what the model does with it: give one of the shape that is
+            used later, with several samples, where the model does other things for other shapes.
         inplace: change the model itself, all of it or nothing.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
@@ -235,7 +236,7 @@ class _Plan:
             except _Refused:
                 pass
             else:
-                if change.bias in change_state(self.subject.graph, change):
+                if change.bias is not None and self.subject.graph.readers(change.bias):
                     folds.append(Fold(site, "whole", (change._replace(side="bias"),)))
         if record.gamma is None and record.beta is None:
             if not folds:
@@ -371,11 +372,6 @@ class _Plan:
         if isinstance(padding, str):
             return padding == "valid" or (padding == "same" and all(n == 1 for n in kernel))
         return not np.any(padding)
-
-
-def change_state(graph: Graph, change: Change) -> tuple[str, ...]:
-    """The parameters of the map that a change concerns."""
-    return tuple(graph.readers(change.weight)[0].state.values())
 
 
 def _gamma(record: NormRecord) -> np.ndarray | None:
