@@ -18,6 +18,7 @@ from normkit import torch as ours
 from normkit.errors import NormError
 from normkit.surgery import folding
 from normkit.torch import folding as torch_folding
+from normkit.torch.sites import sites
 
 # Of the largest output. A fold rounds each weight once, 6e-8 or 1e-16; the limits are the issue's.
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -105,6 +106,7 @@ BEFORE = {
     "frozen": ([nn.Conv2d(3, 6, 3), Frozen(6)], (2, 3, 7, 7)),
     "ours": ([nn.Conv2d(3, 6, 3), ours.BatchNorm2d(6)], (2, 3, 7, 7)),
     "ours, frozen": ([nn.Conv2d(3, 6, 3), ours.GhostBatchNorm2d(6, virtual_batch_size=2)], (2, 3, 7, 7)),
+    "with its activation": ([nn.Conv2d(3, 6, 3), ours.NormAct(ours.BatchNorm2d(6), "gelu")], (2, 3, 7, 7)),
     "renorm": ([nn.Conv2d(3, 6, 3), ours.BatchRenorm2d(6)], (2, 3, 7, 7)),
     "instance norm with statistics": (
         [nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, affine=True, track_running_stats=True)], (2, 3, 7, 7),
@@ -120,7 +122,7 @@ def test_batch_norm_goes_into_the_map_before_it(case, dtype):
     layers, shape = copy.deepcopy(BEFORE[case])
     folded, report = check(nn.Sequential(*layers), shape, dtype)
     assert not report.kept, report
-    assert not any("Norm" in type(m).__name__ or isinstance(m, Frozen) for m in folded.modules())
+    assert not list(sites(folded))
     assert report.how == "dynamo"
 
 
@@ -222,6 +224,11 @@ def test_a_bias_goes_only_where_it_is_subtracted_again(norm, removed):
     assert ("0.bias" in {edit.path for edit in report.done}) == removed
 
 
+def test_a_bias_that_is_part_of_kept_statistics_stays():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, affine=True, track_running_stats=True), nn.ReLU())
+    assert not normkit.fold(model, X, dry_run=True).done
+
+
 class Branches(nn.Module):
     """A norm whose input, or whose output, is read by something else too."""
 
@@ -264,6 +271,7 @@ def training(model):
     return model
 
 
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 CONV = nn.Conv2d(3, 3, 1)
 REFUSED = {
     "its input is read again": (Branches("before"), "the output of conv2d at conv before it is read 2 times"),
@@ -311,9 +319,6 @@ def test_channels_that_come_from_several_of_the_map_are_folded_where_each_has_on
 def trained(*more):
     torch.manual_seed(0)
     return randomized(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), *more))
-
-
-X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_what_does_not_change_is_kept():
@@ -561,6 +566,35 @@ def test_a_report_is_a_table_a_page_and_values(tmp_path):
     assert [edit.path for edit in again.edits] == ["3"]
 
 
+class Mute(nn.Module):
+    def forward(self, x):
+        return "nothing to compare"
+
+
+class Strict(nn.Module):
+    """Takes texts that begin with the token 1 only, and makes float32 of them whatever its type."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.body = nn.Embedding(9, 6), nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4))
+
+    def forward(self, tokens):
+        if not bool((tokens[:, 0] == 1).all()):
+            raise ValueError("no text")
+        return self.body(self.table(tokens).float())
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.export about the condition
+def test_a_model_that_takes_neither_float64_nor_other_inputs_is_tried_on_what_it_takes():
+    model = randomized(Strict())
+    tokens = torch.tensor([[1, 2, 3], [1, 4, 5]])
+    trial = torch_folding._Trial(model, tokens)
+    assert (len(trial._given), trial._close) == (1, 100 * torch.finfo(torch.float32).eps)
+    folded, report = normkit.fold(model, tokens, return_report=True)
+    assert not report.kept, report
+    same(model(tokens), folded(tokens), torch.float32)
+
+
 @pytest.mark.parametrize(
     ("model", "example", "said"),
     [
@@ -569,6 +603,7 @@ def test_a_report_is_a_table_a_page_and_values(tmp_path):
         (nn.BatchNorm2d(3), (X, X), "must take the inputs it is given"),
         (torch.compile(nn.BatchNorm2d(3)), X, "give model._orig_mod"),
         (nn.DataParallel(nn.BatchNorm2d(3)), X, "give model.module"),
+        (Mute(), X, "must return tensors, .*; got str"),
     ],
 )
 def test_what_cannot_be_looked_into(model, example, said):

@@ -18,6 +18,7 @@ from normkit.surgery.sites import Site
 
 __all__ = ["Change", "Fold", "Opened", "fold", "planned"]
 
+_NO_OPTIMIZER = "an optimizer made before holds the old parameters: give it as `optimizer`"
 # `addmm` is a linear map with its weight as (inputs, outputs).
 _LINEAR = frozenset(("linear", "addmm", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
 # Functions that only move values: each value of the outputs is one of the input.
@@ -119,7 +120,8 @@ def fold(
     Args:
         model: a torch.nn.Module, usually after `model.eval()`.
         example: inputs that the model takes: a tensor or array (N, ...); a dictionary of them, taken by name; a tuple
-            or list of them.
+            or list of them. What is folded is exact for what the model does with it: give one of the shape that is
+            used later, with several samples, where the model does other things for other shapes.
         inplace: change the model itself, all of it or nothing.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
@@ -156,10 +158,8 @@ def fold(
     accepted = [one for number, one in enumerate(folds) if number not in rejected]
     reasons = {id(folds[number]): reason for number, reason in rejected.items()}
     edits = [_edit(one, reasons) for one in found]
-    notes = (
-        [] if optimizer is not None else ["an optimizer made before holds the old parameters: give it as `optimizer`"]
-    )
-    report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), tuple(notes))
+    notes = () if optimizer is not None else (_NO_OPTIMIZER,)
+    report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), notes)
     if dry_run:
         return report
     result, difference = subject.finish(accepted, inplace=inplace, optimizer=optimizer)
@@ -229,13 +229,14 @@ class _Plan:
             raise _Refused("it is in training mode: call model.eval() first")
         folds = []
         size = record.shape
-        if record.kind == "instance" or (record.kind in ("batch", "group") and record.groups in (None, *size)):
+        # With kept statistics the bias is part of what is kept.
+        if not record.kept and (record.kind in ("instance", "batch") or record.groups in size):
             try:
                 change = self._before(site, node, np.ones(size), np.zeros(size))
             except _Refused:
                 pass
             else:
-                if change.bias in change_state(self.subject.graph, change):
+                if change.bias is not None and self.subject.graph.readers(change.bias):
                     folds.append(Fold(site, "whole", (change._replace(side="bias"),)))
         if record.gamma is None and record.beta is None:
             if not folds:
@@ -371,11 +372,6 @@ class _Plan:
         if isinstance(padding, str):
             return padding == "valid" or (padding == "same" and all(n == 1 for n in kernel))
         return not np.any(padding)
-
-
-def change_state(graph: Graph, change: Change) -> tuple[str, ...]:
-    """The parameters of the map that a change concerns."""
-    return tuple(graph.readers(change.weight)[0].state.values())
 
 
 def _gamma(record: NormRecord) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normkit.core.algebra import fold_after, fold_before
+from normkit.errors import NormTypeError, message
 from normkit.surgery.folding import Change, Fold
 from normkit.surgery.graph import Node
 from normkit.torch.graph import capture
@@ -36,7 +38,10 @@ def opened(model: nn.Module, example: Any) -> _Opened:
     check_sized(model)
     given = as_tensors(example, model)
     with untouched(model):
-        forward(model, given)  # so that what the model itself says against the example is heard
+        output = forward(model, given)  # what the model itself says against the example is heard here
+    if not any(True for _ in _tensors(output)):
+        must = "`model` must return tensors, also within mappings, sequences and data classes, to be compared"
+        raise NormTypeError(message(must, type(output).__name__))
     return _Opened(model, example)
 
 
@@ -124,14 +129,10 @@ class _Trial:
         self.model = copied(model)
         try:
             self.model.double()
-            self._given = self._inputs(example)
-            with _Narrow() as narrow:
-                self._before = [_outputs(self.model, given) for given in self._given]
-            self._close = _CLOSE_NARROW if narrow.seen else _CLOSE
+            self._close = _CLOSE_NARROW if self._run(example) else _CLOSE
         except Exception:  # a model that cannot be run in float64 is tried as it is
             self.model = copied(model)
-            self._given = self._inputs(example)
-            self._before = [_outputs(self.model, given) for given in self._given]
+            self._run(example)
             types = [p.dtype for p in model.parameters() if p.is_floating_point()]
             self._close = _SPACINGS * max((torch.finfo(dtype).eps for dtype in types), default=2.0**-23)
 
@@ -145,9 +146,17 @@ class _Trial:
         worst = max((_relative(a, b) for a, b in pairs), default=0.0)
         return None if worst <= self._close else f"folded, the outputs change by {worst:.1e} of the largest"
 
-    def _inputs(self, example: Any) -> list[Any]:
+    def _run(self, example: Any) -> bool:
+        """Whether anything is computed in a type narrower than float64."""
         given = as_tensors(example, self.model)
-        return [given, _random(given)]
+        self._given = [given]
+        with _Narrow() as narrow:
+            self._before = [_outputs(self.model, given)]
+        other = _random(given)
+        with contextlib.suppress(Exception):  # the model may not take any inputs: special tokens must be in place
+            self._before.append(_outputs(self.model, other))
+            self._given.append(other)
+        return narrow.seen
 
 
 class _Narrow(TorchDispatchMode):

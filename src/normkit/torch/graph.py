@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normkit.surgery.graph import Graph, How, Node
+from normkit.torch.layers import NormAct
 from normkit.torch.probe import untouched
 
 __all__ = ["Flow", "capture", "computes_as_named"]
@@ -81,12 +82,24 @@ def capture(model: nn.Module, given: Any, whole: Callable[[nn.Module], bool]) ->
     args = tuple(given) if isinstance(given, tuple | list) else () if isinstance(given, Mapping) else (given,)
     kwargs = dict(given) if isinstance(given, Mapping) else {}
     for how, tracer in (("dynamo", _dynamo), ("export", _export)):
-        with contextlib.suppress(Exception), untouched(model), _silent():
+        with contextlib.suppress(Exception), untouched(model), _silent(), _apart(model):
             traced = tracer(model, args, kwargs)
             if traced is not None:
                 return _Reader(model, whole).read(how, traced)  # type: ignore[arg-type]
     with untouched(model):
         return Flow(_from_modules(model, args, kwargs), {})
+
+
+@contextlib.contextmanager
+def _apart(model: nn.Module) -> Iterator[None]:
+    """A norm with a hook is called by its `NormAct`, which else runs norm and activation as one."""
+    norms = {module.norm for module in model.modules() if isinstance(module, NormAct)}
+    handles = [norm.register_forward_hook(lambda *_: None) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import random
 import sys
 from collections import Counter
@@ -97,9 +98,10 @@ def forward(model: nn.Module, x: Any) -> Any:
 def as_tensors(x: Any, model: nn.Module) -> Any:
     """Copies of arrays and tensors where the model is, also those inside mappings, tuples and lists.
 
-    Floating point values take the type of the model's parameters, whole numbers keep theirs.
+    Floating point values take the type of the model's parameters, or buffers; whole numbers keep theirs.
     """
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    held = itertools.chain(model.parameters(), model.buffers())
+    like = next((tensor for tensor in held if tensor.is_floating_point()), torch.empty(0))
 
     def converted(value: Any) -> Any:
         if isinstance(value, Mapping):

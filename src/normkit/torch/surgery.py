@@ -23,7 +23,7 @@ def check_plain(model: nn.Module) -> None:
         "DataParallel": "give model.module, and wrap the result",
         "FullyShardedDataParallel": "change the model before it is sharded",
     }.get(type(model).__name__)
-    if isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
+    if isinstance(model, torch.jit.ScriptModule):
         hint = "give the model it was made from"
     if hint is not None:
         raise NormTypeError(message("`model` must be a plain torch.nn.Module", type(model).__name__, hint))
