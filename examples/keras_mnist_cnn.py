@@ -22,6 +22,7 @@ import normkit
 from normkit.keras import BatchNormalization
 
 BATCH = 64
+keras.config.set_image_data_format("channels_last")  # whatever keras.json says
 
 
 def cnn(shape, norm=None, after=False):

@@ -17,7 +17,8 @@ BUDGETS = {
     "core": 60,
     "torch": 240,
     "conformance": 240,
-    "keras_layers": 360,
+    "keras_layers": 60,
+    **{f"keras {backend}": 120 for backend in ("tensorflow", "jax", "torch")},
     "nnx": 120,
     "experiments": 300,
     "report": 60,
@@ -34,7 +35,8 @@ _count: dict[str, int] = defaultdict(int)
 def area_of(nodeid: str) -> str:
     parts = Path(nodeid.split("::")[0]).parts
     inside = parts[1:] if parts and parts[0] == HERE.name else parts
-    return inside[0] if len(inside) > 1 else "project"
+    backend = next((name for name in BUDGETS if name == f"keras {nodeid.partition('[')[2].rstrip(']')}"), None)
+    return backend or (inside[0] if len(inside) > 1 else "project")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -48,5 +50,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         budget = BUDGETS.get(area)
         seconds = sum(s for a, s in _spent.items() if SHARED.get(a, a) == SHARED.get(area, area))
         mark = "no budget" if budget is None else "over budget" if seconds > budget else "ok"
-        line = f"{area:12} {_count[area]:5} tests {_spent[area]:7.1f} s of {budget} s  {mark}"
+        line = f"{area:16} {_count[area]:5} tests {_spent[area]:7.1f} s of {budget} s  {mark}"
         terminalreporter.write_line(line)

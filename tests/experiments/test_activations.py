@@ -128,6 +128,7 @@ def test_paths_that_cannot_be_written(tmp_path):
 REFUSED = {
     "class": (nn.ReLU, X, NormTypeError, "a model must be a torch.nn.Module, .*; got the class ReLU"),
     "other": ("net.py", X, NormTypeError, "a model must be a torch.nn.Module, .*; got str"),
+    "no samples": (nn.ReLU(), X[:0], NormValueError, "`batch` must hold at least one value in every part"),
     "loader": (nn.ReLU(), iter([X]), NormTypeError, "`batch` must be a tensor or an array, .*hint: next"),
     "nothing": (nn.ReLU(), (), NormTypeError, "got tuple"),
     "pair": (nn.ReLU(), (X, X), NormTypeError, "ReLU must take the inputs .*give inputs alone, without targets"),

@@ -76,6 +76,13 @@ except normkit.NormError as error:
     assert "pip install 'normkit[keras]'" in done.stdout
 
 
+@pytest.mark.parametrize("backend", ["numpy", "tensorflw"])
+def test_a_backend_that_does_not_train_is_refused(backend):
+    available("keras")
+    done = run(backend, "-c", "import normkit.keras")
+    assert f"NormValueError: KERAS_BACKEND must be tensorflow, jax or torch; got '{backend}'" in done.stderr
+
+
 def test_a_file_read_without_the_import_names_the_package(tmp_path):
     available("keras", "torch")
     path = str(tmp_path / "m.keras")

@@ -31,6 +31,9 @@ ARGUMENTS = {
     "nonfinite": (OneOf(("skip", "update")), TRACKING),
     "bessel": (Flag(), TRACKING[:2]),
     "debiased": (Flag(), TRACKING[:2]),
+    "use_bias": (Flag(), tuple(kind for kind in ALL if kind is not nk.RMSNorm)),
+    "use_scale": (Flag(), tuple(ALL)),
+    "use_running_average": (Optional(Flag()), TRACKING),
     "virtual_batch_size": (Integer(2), (nk.GhostBatchNorm,)),
     "num_groups": (Integer(1), (nk.GroupNorm,)),
 }
@@ -106,6 +109,9 @@ def test_bad_inputs(kind):
     ("kind", "options", "words"),
     [
         (nk.BatchNorm, {"axis": 3}, r"`axis` must be axes of the input; got 3 of 3 axes"),
+        (nk.BatchNorm, {"axis": "a"}, r"`axis` must be axes of the input; got 'a' of 3 axes"),
+        (nk.LayerNorm, {"reduction_axes": None}, r"`reduction_axes` must be axes of the input; got None of 3 axes"),
+        (nk.LayerNorm, {"reduction_axes": (True, -1)}, r"`reduction_axes` must be axes of the input; got \(True, -1\)"),
         (nk.LayerNorm, {"reduction_axes": (1, -4)}, r"`reduction_axes` must be axes of the input; got \(1, -4\)"),
         (nk.RMSNorm, {"feature_axes": 5}, r"`feature_axes` must be axes of the input; got 5 of 3 axes"),
         (nk.InstanceNorm, {"feature_axes": 0}, r"the samples must be on axis 0; got features on axes \(0,\)"),
@@ -117,6 +123,11 @@ def test_bad_axes(kind, options, words):
     features = 4 if options in ({"axis": 0}, {"feature_axes": 0}) else 6
     with pytest.raises(NormValueError, match=rf"{kind.__name__}: {words}"):
         kind(features, **options, rngs=nnx.Rngs(0))(X)
+
+
+def test_debiasing_an_average_that_has_no_first_value():
+    with pytest.raises(NormValueError, match="BatchNorm: `debiased` must go with a momentum"):
+        nk.BatchNorm(6, debiased=True, momentum=None, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("package", ["flax", "jax"])
@@ -140,7 +151,7 @@ def test_tests_without_the_framework(tmp_path, wanted, code, said):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['flax'] = None\n")
     here = __file__.rsplit("test_nnx_errors", 1)[0]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", f"{here}test_nnx_right.py"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{here}test_nnx_right.py"],
         capture_output=True, text=True, env={"PATH": "", "PYTHONPATH": str(tmp_path), "NORMKIT_REQUIRE": wanted},
     )  # fmt: skip
     assert said in done.stdout

@@ -135,6 +135,13 @@ def test_batches_of_a_loader():
     np.testing.assert_allclose(layer.running_mean, x.double().mean(0), rtol=1e-5, atol=1e-5)
 
 
+class Uncalled(nn.Sequential):
+    """A model whose layers take no part in it."""
+
+    def forward(self, x):
+        return x
+
+
 @pytest.mark.parametrize(
     ("model", "given", "said"),
     [
@@ -143,6 +150,9 @@ def test_batches_of_a_loader():
         (nn.Sequential(nn.LazyBatchNorm1d()), data(), "layers must know the size of their input"),
         (nn.Sequential(nn.BatchNorm1d(4)), [], "at least one batch; got none"),
         (nn.Sequential(nn.BatchNorm1d(4)), "digits", "must be an array, a tensor, or an iterable"),
+        (nn.Sequential(nn.BatchNorm1d(4)), np.float32(3), "must be an array, a tensor, or an iterable"),
+        (nn.Sequential(nn.BatchNorm1d(4)), {"x": data()}, r"got dict. hint: a list of it: \[data\] is one batch"),
+        (Uncalled(nn.BatchNorm1d(4)), data(), "`model` must call its norm layers when it is run on a batch"),
         ("model", data(), "a model must be a torch.nn.Module, a Keras layer or model, or an nnx.Module; got str"),
     ],
 )

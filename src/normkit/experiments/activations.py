@@ -89,7 +89,8 @@ def activations(model: Any, batch: Any, *, train: bool = True) -> Activations:
 
     Raises:
         NormTypeError: for a model of no known framework, a batch that is none, inputs that the model does not take.
-        NormValueError: where no activation is called, for lazy layers and for models of Keras that are not built.
+        NormValueError: where no activation is called, for an empty batch, for lazy layers and for models of Keras that
+            are not built.
 
     Example:
         >>> import normkit, torch
@@ -102,6 +103,8 @@ def activations(model: Any, batch: Any, *, train: bool = True) -> Activations:
     if not _is_batch(batch):
         must = "`batch` must be a tensor or an array, or a dictionary, tuple or list of them"
         raise NormTypeError(message(must, type(batch).__name__, "next(iter(loader))[0] takes the inputs of a loader"))
+    if _is_empty(batch):
+        raise NormValueError(message("`batch` must hold at least one value in every part", "an empty one"))
     name = type(model).__name__
     sites = Sites().measure(training(framework_of(model)).probe(model, batch, train=train))
     if not sites:
@@ -115,6 +118,12 @@ def _is_batch(batch: Any) -> bool:
         parts = list(batch.values() if isinstance(batch, Mapping) else batch)
         return bool(parts) and any(_is_batch(part) for part in parts)
     return hasattr(batch, "shape") and hasattr(batch, "dtype")
+
+
+def _is_empty(batch: Any) -> bool:
+    if isinstance(batch, Mapping | tuple | list):
+        return any(map(_is_empty, batch.values() if isinstance(batch, Mapping) else batch))
+    return 0 in tuple(getattr(batch, "shape", ()))
 
 
 def _require() -> None:

@@ -8,7 +8,10 @@ import os as _os
 from normkit.errors import MissingExtraError, NormValueError, message
 
 try:
-    import keras as _keras  # noqa: F401
+    import keras as _keras
+
+    if _keras.config.backend() not in ("tensorflow", "jax", "torch"):
+        raise ValueError
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
     if missing == "keras":

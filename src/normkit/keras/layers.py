@@ -1,7 +1,8 @@
 """The normalizers as layers of Keras 3, on TensorFlow, JAX and PyTorch.
 
 Those that Keras has subclass it and can take its place anywhere: same arguments in the same order, same defaults, same
-weights in the same order under the same names (files can be exchanged in both directions), and on the same weights the
+weights in the same order under the same names (files can be exchanged in both directions, but for
+  a layer that counts its updates in a weight that Keras has not), and on the same weights the
 same numbers, where Keras' own are right. Other than there,
 
 - variances are means of squared deviations on every backend, in float32 or wider, and deviations are centred;
@@ -9,8 +10,9 @@ same numbers, where Keras' own are right. Other than there,
 - `mask` goes with any `axis`, and masked outputs are 0 and get no gradient (Keras' own normalizes them, too);
 - `call(inputs, mask=None, sample_weight=None)` wherever statistics are taken over samples or positions. `mask`: True
   (or not 0) is real data; the input's shape without its channel axis, where lengths of 1 are repeated and axes missing
-  at the end are added, so that the mask of an Embedding, (batch, time), is enough. `sample_weight`: >= 0, of shape
-  (batch,) or as `mask`; only proportions count. In a model of mixed precision it is rounded like every input;
+  at the end are added, so that the mask of an Embedding, (batch, time), is enough. `sample_weight`: >= 0 (nobody looks,
+  as a graph cannot), of shape (batch,) or as `mask`; only proportions count. In a model of mixed precision it is
+  rounded like every input;
 - a single value has no spread and is normalized to beta, as in Keras; :mod:`normkit.torch` refuses it, as PyTorch does.
 
 A layer contains no mathematics. Loading a `.keras` file needs `import normkit.keras` first; without it Keras says that

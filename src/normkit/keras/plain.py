@@ -29,16 +29,17 @@ def as_plain(model: Any) -> Any:
     For shipping: it loads where normkit is not installed. Training it further is possible and is Keras' training:
     `virtual_batch_size`, `renorm_schedule`, `debiased`, `bessel` and `nonfinite` are gone, and `momentum=None` becomes
     0.99. Debiased and cumulative moving statistics are ordinary values that evaluate the same. Positions that a mask
-    hides are 0 in the output of our batch normalization and normalized like the others in that of Keras.
+    hides are 0 in the output of our batch normalization and normalized like the others in that of Keras: nothing may
+    read them behind it. Where they are outputs of the model themselves, they differ.
 
     Args:
         model: a built Sequential or Functional model, also with nested ones, or a single layer of ours.
 
     Raises:
         NormValueError: where a prediction would not be the same: a layer called with a mask that Keras' own ignores, or
-            with sample weights; a layer of ours that a custom layer holds and does not name in its config. Where there
-            is a layer that Keras has not: FilterResponseNormalization, EvoNormB0, EvoNormS0, DynamicTanh and the LSTM
-            cells.
+            with sample weights; batch normalization with a mask before a layer that knows no masks; a layer of ours
+            that a custom layer holds and does not name in its config. Where there is a layer that Keras has not:
+            FilterResponseNormalization, EvoNormB0, EvoNormS0, DynamicTanh and the LSTM cells.
         NormTypeError: for a subclassed model, whose layers cannot be told from its config.
 
     >>> from normkit.keras import GhostBatchNormalization, as_plain
@@ -142,3 +143,19 @@ def _refuse_masks(layer: Any) -> None:
             what = "sample weights" if given.get("sample_weight") is not None else "a mask"
             must = f"as_plain: {layer.name} must not be called with {what}, which Keras' own layer does not take"
             raise NormValueError(message(must))
+        reader = _reads_hidden(layer) if masked else None
+        if reader is not None:
+            must = f"as_plain: masked positions behind {layer.name} must not be read: Keras' own layer leaves values"
+            raise NormValueError(message(must, f"{reader}, which knows no masks"))
+
+
+def _reads_hidden(layer: Any) -> str | None:
+    """The name of a layer that sees what stands at masked positions behind this one, None where there is none."""
+    for node in layer._outbound_nodes:
+        if not getattr(node.operation, "supports_masking", False):
+            return str(node.operation.name)
+        carried = any(getattr(output, "_keras_mask", None) is not None for output in node.output_tensors)
+        reader = _reads_hidden(node.operation) if carried else None
+        if reader is not None:
+            return reader
+    return None

@@ -65,21 +65,21 @@ def probe(model: Any, x: Any, *, train: bool = True) -> Sequence[SiteValues]:
     return watch.sites()
 
 
-def as_arrays(x: Any) -> Any:
+def as_arrays(x: Any, floating: str | None = None) -> Any:
     """Arrays and tensors of any framework as NumPy arrays, also those inside mappings, tuples and lists.
 
-    Floating point values take Keras' `floatx`, whole numbers keep their type.
+    Floating point values take the type `floating`, None for Keras' `floatx`; whole numbers keep theirs.
     """
     if isinstance(x, Mapping):
-        return {key: as_arrays(part) for key, part in x.items()}
+        return {key: as_arrays(part, floating) for key, part in x.items()}
     if isinstance(x, tuple | list):
-        return tuple(as_arrays(part) for part in x)
+        return tuple(as_arrays(part, floating) for part in x)
     if not hasattr(x, "shape"):
         return x
     array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
     if array.dtype.kind not in "biuf":
         raise NormTypeError(message("arrays must hold numbers", f"dtype {array.dtype}"))
-    return array.astype(keras.config.floatx()) if array.dtype.kind == "f" else array
+    return array.astype(floating or keras.config.floatx()) if array.dtype.kind == "f" else array
 
 
 def check_built(model: Any) -> None:

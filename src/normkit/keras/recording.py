@@ -88,10 +88,12 @@ def keep(layer: Any, values: Mapping[str, np.ndarray]) -> None:
         getattr(layer, name).assign(value)
 
 
-def given(model: Any, x: Any) -> Any:  # noqa: ARG001  # other frameworks ask the model for its device and type
+def given(model: Any, x: Any) -> Any:
     """See `normkit.surgery.protocol.Recording`."""
+    types = {keras.backend.standardize_dtype(variable.dtype) for variable in model.variables}
     return keras.tree.map_structure(
-        lambda part: ops.convert_to_tensor(part) if hasattr(part, "shape") else part, as_arrays(x)
+        lambda part: ops.convert_to_tensor(part) if hasattr(part, "shape") else part,
+        as_arrays(x, "float64" if "float64" in types else None),
     )
 
 

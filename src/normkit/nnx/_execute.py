@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,8 +29,9 @@ __all__ = ["array", "canonical", "check_features", "finish", "lanes", "placed", 
 def canonical(owner: str, name: str, axes: Any, ndim: int) -> tuple[int, ...]:
     """Return axes of such an input as sorted numbers from 0, each once."""
     given = tuple(axes) if isinstance(axes, Sequence) else (axes,)
-    if not all(-ndim <= axis < ndim for axis in given):
-        raise NormValueError(message(f"{owner}: `{name}` must be axes of the input", f"{axes} of {ndim} axes"))
+    whole = all(isinstance(axis, Integral) and not isinstance(axis, bool) for axis in given)
+    if not whole or not all(-ndim <= axis < ndim for axis in given):
+        raise NormValueError(message(f"{owner}: `{name}` must be axes of the input", f"{axes!r} of {ndim} axes"))
     return tuple(sorted({axis % ndim for axis in given}))
 
 

@@ -37,8 +37,8 @@ from jax import lax
 from normkit.core import catalog, formula
 from normkit.core.algebra import groups_for, rate_of
 from normkit.core.axes import Sizes
-from normkit.core.constraints import Constraint, Integer, Optional, check
-from normkit.core.schedule import RenormSchedule
+from normkit.core.constraints import Constraint, Flag, Integer, Optional, check
+from normkit.core.schedule import MOMENTUM, RenormSchedule
 from normkit.core.spec import ARGUMENTS, NormSpec
 from normkit.errors import NormRuntimeError, NormTypeError, NormValueError, message
 from normkit.nnx import _execute
@@ -48,7 +48,8 @@ __all__ = ["BatchNorm", "BatchRenorm", "GhostBatchNorm", "GroupNorm", "InstanceN
 _CONSTRAINTS: Mapping[str, Constraint] = {
     **{name: ARGUMENTS[name] for name in ("num_features", "momentum", "virtual_batch_size", "bessel", "nonfinite")},
     "epsilon": ARGUMENTS["eps"],
-    "debiased": ARGUMENTS["bessel"],
+    **dict.fromkeys(("debiased", "use_bias", "use_scale"), Flag()),
+    "use_running_average": Optional(Flag()),
     "num_groups": Optional(Integer(1)),
     "group_size": Optional(Integer(1)),
 }
@@ -65,7 +66,11 @@ def _constructor(parent: Any) -> Callable[[Any], Any]:
 
         @functools.wraps(init)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-            check(type(self).__name__, _CONSTRAINTS, signature.bind(self, *args, **kwargs).arguments)
+            given = signature.bind(self, *args, **kwargs).arguments
+            check(type(self).__name__, _CONSTRAINTS, given)
+            if given.get("debiased") and given.get("momentum", MOMENTUM) is None:
+                hint = "momentum=None averages all batches equally and has no first value to take out"
+                raise NormValueError(message(f"{type(self).__name__}: `debiased` must go with a momentum", None, hint))
             init(self, *args, **kwargs)
 
         __init__.__signature__ = signature  # type: ignore[attr-defined]

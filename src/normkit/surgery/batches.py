@@ -47,14 +47,15 @@ def _batches(data: Any) -> Iterator[Any]:
     if isinstance(data, tuple) and len(data) == 2 and all(map(_is_array, data)) and len(data[0]) == len(data[1]):
         yield from zip(*map(_chunks, data), strict=True)
         return
-    if not isinstance(data, Iterable) or isinstance(data, str | dict):
+    if not isinstance(data, Iterable) or isinstance(data, str | Mapping):
         must = "`data` must be an array, a tensor, or an iterable of batches"
-        raise NormTypeError(message(must, type(data).__name__))
+        hint = "a list of it: [data] is one batch of named inputs" if isinstance(data, Mapping) else None
+        raise NormTypeError(message(must, type(data).__name__, hint))
     yield from data
 
 
 def _is_array(data: Any) -> bool:
-    return hasattr(data, "shape") and hasattr(data, "__getitem__")
+    return hasattr(data, "__getitem__") and len(getattr(data, "shape", ())) > 0
 
 
 def _chunks(data: Any) -> Iterator[Any]:

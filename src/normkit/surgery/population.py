@@ -111,6 +111,10 @@ def population(
     """
     find = _layer_by_layer if exact else _in_one_pass
     found = find(recording, model, layers, lambda: batches.inputs(data, steps))
+    if not found:
+        must = "`model` must call its norm layers when it is run on a batch"
+        hint = "what a function compiled before does (tf.function) is not seen"
+        raise NormValueError(message(must, "no call of any", hint))
     for place, moments in found.items():
         if not (np.isfinite(moments.mean).all() and np.isfinite(moments.var).all()):
             must = "`data` must give finite values at every norm layer"

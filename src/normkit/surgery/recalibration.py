@@ -49,7 +49,8 @@ def recalibrate(
     one giant batch. That takes as many passes over the data as norms are called.
 
     Nothing else changes: weights, modes, momentum, counts of batches, random numbers. Frozen layers keep what they have
-    (`normkit.freeze`, evaluation mode inside a training model, in Keras `trainable=False`). Where anything fails or is
+    (`normkit.freeze`, evaluation mode inside a training model, in Keras `trainable=False`; calling a layer with
+    `training=False` protects nothing there, as it does not in training). Where anything fails or is
     interrupted, nothing changes at all. Masks that our layers are called with are heeded; sample weights are refused.
 
     New statistics are not always better: after averaging of weights the averaged ones can be enough. Look at the
@@ -62,8 +63,8 @@ def recalibrate(
         model: a torch.nn.Module, a built Keras model or an nnx.Module.
         data: inputs (N, ...) as one array or tensor, taken in batches of at most 256, or a pair of such inputs and
             targets; or an iterable of batches, each an array, a dictionary of named inputs, or a tuple whose first
-            element is the input. Batches of one size
-            that fills memory well, in an order that mixes the classes, come closest to training.
+            element is the input. Batches of one size that fills memory well, in an order that mixes the classes, come
+            closest to training.
         exact: layer by layer. `data` must then give the same samples every time it is read.
         steps: take so many batches, at most; some thousand samples are plenty. None: all.
         held_out: data to measure on before and after, like `data`, with targets. Without `loss`, inputs alone will do,
@@ -77,8 +78,9 @@ def recalibrate(
 
     Raises:
         NormTypeError: for what is no model or no data.
-        NormValueError: for a model without batch norms that could be recalibrated; without data; for batches with one
-            value per channel (unless `exact`), or values that are not finite; for `keep="best"` without a loss.
+        NormValueError: for a model without batch norms that could be recalibrated, or that calls none of them; without
+            data; for batches with one value per channel (unless `exact`), or values that are not finite; for
+            `keep="best"` without a loss.
 
     Example:
         >>> import normkit, torch

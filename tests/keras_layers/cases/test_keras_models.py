@@ -229,6 +229,12 @@ def test_what_as_plain_refuses():
     with pytest.raises(NormValueError, match="must not be called with a mask"):
         nk.as_plain(keras.Model(words, nk.GroupNormalization(3)(x)))
     assert nk.as_plain(keras.Model(words, nk.BatchNormalization()(x)))
+    after = keras.layers.ReLU()(nk.BatchNormalization()(x))
+    assert nk.as_plain(keras.Model(words, keras.layers.GlobalAveragePooling1D()(after)))  # which heeds the mask
+    with pytest.warns(UserWarning, match="does not support masking"):
+        reading = keras.layers.Conv1D(2, 3, name="reads")(after)
+    with pytest.raises(NormValueError, match=r"masked positions behind .* must not be read.*got reads, which knows no"):
+        nk.as_plain(keras.Model(words, reading))
     weight = keras.Input(())
     with pytest.raises(NormValueError, match="must not be called with sample weights"):
         nk.as_plain(keras.Model([words, weight], nk.BatchNormalization()(x, sample_weight=weight)))

@@ -51,6 +51,33 @@ def test_exact_recalibration_is_one_giant_batch_however_it_is_cut(kind):
     assert equal(values(model.trainable_variables), rest)
 
 
+@pytest.mark.skipif(keras.config.backend() == "jax", reason="JAX has float64 only where it is enabled")
+def test_a_model_in_float64_is_measured_in_float64():
+    model = keras.Sequential([keras.Input((2,), dtype="float64"), BatchNormalization(dtype="float64")])
+    x = 1e4 + 1e-4 * np.random.default_rng(0).normal(size=(200, 2))  # the same number 1e4 in float32
+    normkit.recalibrate(model, x)
+    np.testing.assert_allclose(values([model.layers[0].moving_variance])[0], x.var(0), rtol=1e-9)
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="tf.function")
+def test_a_model_whose_calls_cannot_be_seen_is_refused():
+    import tensorflow as tf
+
+    class Compiled(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchNormalization()
+
+        @tf.function
+        def call(self, x):
+            return self.norm(x)
+
+    model = Compiled()
+    model(data())
+    with pytest.raises(NormError, match=r"must call its norm layers .* \(tf.function\) is not seen"):
+        normkit.recalibrate(model, data())
+
+
 def test_the_report_undoes_and_the_best_is_kept():
     (model, _), x = network(), data()
     normkit.recalibrate(model, x)
