@@ -11,15 +11,13 @@ import numpy as np
 from normkit.core.algebra import scale_shift
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, message
-from normkit.surgery.graph import Graph, Node
+from normkit.surgery.graph import LINEAR, Graph, Node
 from normkit.surgery.plan import Edit, Report
 from normkit.surgery.protocol import framework_of
 from normkit.surgery.sites import Site
 
 __all__ = ["Change", "Fold", "Opened", "fold", "planned"]
 
-# `addmm` is a linear map with its weight as (inputs, outputs).
-_LINEAR = frozenset(("linear", "addmm", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
 # Functions that only move values: each value of the outputs is one of the input.
 # fmt: off
 _MOVES = frozenset((
@@ -262,12 +260,12 @@ class _Plan:
             if len(producers) != 1:
                 raise _Refused(f"{path[-1]} before it has {len(producers)} inputs")
             producer = producers[0]
-            if producer.op not in _LINEAR:
+            if producer.op not in LINEAR:
                 self._check_moves(producer, "before")
             readers = len(graph.consumers(producer))
             if readers > 1:
                 raise _Refused(f"the output of {producer} before it is read {readers} times")
-            if producer.op in _LINEAR:
+            if producer.op in LINEAR:
                 break
             path.append(producer)
         change = self._change("output", producer)
@@ -297,7 +295,7 @@ class _Plan:
         while waiting:
             giver, values = waiting.pop()
             for reader in self.subject.graph.consumers(giver):
-                if reader.op in _LINEAR:
+                if reader.op in LINEAR:
                     changes.append(self._into(site, giver, reader, values, scale, shift))
                 else:
                     self._check_moves(reader, "behind")

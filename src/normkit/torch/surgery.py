@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normkit.errors import NormTypeError, message
+from normkit.torch.probe import as_tensors, check_sized, forward, untouched
 
-__all__ = ["Transaction", "carry", "check_plain", "copied", "split", "transaction"]
+__all__ = [
+    "Transaction",
+    "carry",
+    "check_plain",
+    "check_runs",
+    "copied",
+    "largest_change",
+    "outputs",
+    "split",
+    "tensors_in",
+    "transaction",
+]
 
 
 def check_plain(model: nn.Module) -> None:
@@ -27,6 +39,38 @@ def check_plain(model: nn.Module) -> None:
         hint = "give the model it was made from"
     if hint is not None:
         raise NormTypeError(message("`model` must be a plain torch.nn.Module", type(model).__name__, hint))
+
+
+def check_runs(model: nn.Module, example: Any) -> None:
+    """Raise where a model cannot be looked into, or says itself that the example does not fit."""
+    check_plain(model)
+    check_sized(model)
+    with untouched(model):
+        forward(model, as_tensors(example, model))
+
+
+def outputs(model: nn.Module, given: Any) -> list[Tensor]:
+    """The tensors that the model gives on these inputs, in the mode it is in."""
+    with untouched(model):
+        return [tensor.detach().clone() for tensor in tensors_in(forward(model, as_tensors(given, model)))]
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Every tensor in tuples, lists, mappings and data classes."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from tensors_in(list(output.values()))
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from tensors_in(part)
+    elif hasattr(output, "__dataclass_fields__"):
+        yield from tensors_in([getattr(output, name) for name in output.__dataclass_fields__])
+
+
+def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Largest difference of an output, over its largest value."""
+    return max((_relative(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
 
 
 def copied(model: nn.Module) -> Any:
@@ -138,6 +182,20 @@ def carry(
         group["params"] = kept
     optimizer.state.clear()
     optimizer.state.update(state)
+
+
+def _relative(before: Tensor, after: Tensor) -> float:
+    # What is not finite must stay the same.
+    if before.shape != after.shape:
+        return float("inf")
+    a, b = before.double(), after.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if same.all():
+        return 0.0
+    difference = torch.where(same, 0.0, (a - b).abs()).max().item()
+    largest = torch.where(a.isfinite(), a.abs(), 0.0).max().item()
+    relative = difference / largest if largest else float("inf")
+    return relative if relative == relative else float("inf")
 
 
 def _setter(values: dict[str, Any], name: str, value: Any) -> Callable[[], None]:
