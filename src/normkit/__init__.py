@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from normkit.experiments.activations import activations as activations
     from normkit.surgery.conversion import port as port
     from normkit.surgery.folding import fold as fold
+    from normkit.surgery.insertion import insert as insert
     from normkit.surgery.recalibration import recalibrate as recalibrate
+    from normkit.surgery.replacement import remove as remove
+    from normkit.surgery.replacement import replace as replace
 
 __version__ = "0.1.0"
 
@@ -27,8 +30,11 @@ _HOME = {
     "compare": "normkit.experiments",
     "fold": "normkit.surgery.folding",
     "groups_for": "normkit.core.algebra",
+    "insert": "normkit.surgery.insertion",
     "port": "normkit.surgery.conversion",
     "recalibrate": "normkit.surgery.recalibration",
+    "remove": "normkit.surgery.replacement",
+    "replace": "normkit.surgery.replacement",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

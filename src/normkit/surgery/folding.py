@@ -12,7 +12,7 @@ from normkit.core.algebra import scale_shift
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, message
 from normkit.surgery.graph import LINEAR, Graph, Node
-from normkit.surgery.plan import Edit, Report
+from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
 from normkit.surgery.protocol import framework_of
 from normkit.surgery.sites import Site
 
@@ -154,10 +154,8 @@ def fold(
     accepted = [one for number, one in enumerate(folds) if number not in rejected]
     reasons = {id(folds[number]): reason for number, reason in rejected.items()}
     edits = [_edit(one, reasons) for one in found]
-    notes = (
-        [] if optimizer is not None else ["an optimizer made before holds the old parameters: give it as `optimizer`"]
-    )
-    report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), tuple(notes))
+    notes = OLD_OPTIMIZER if optimizer is None else ()
+    report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), notes)
     if dry_run:
         return report
     result, difference = subject.finish(accepted, inplace=inplace, optimizer=optimizer)

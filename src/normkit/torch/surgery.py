@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from normkit.errors import NormTypeError, message
 from normkit.torch.probe import as_tensors, check_sized, forward, untouched
@@ -19,7 +20,9 @@ __all__ = [
     "check_plain",
     "check_runs",
     "copied",
+    "evaluated",
     "largest_change",
+    "obstacle",
     "outputs",
     "split",
     "tensors_in",
@@ -55,6 +58,12 @@ def outputs(model: nn.Module, given: Any) -> list[Tensor]:
         return [tensor.detach().clone() for tensor in tensors_in(forward(model, as_tensors(given, model)))]
 
 
+def evaluated(model: nn.Module, example: Any) -> list[Tensor]:
+    """The tensors that the model gives on an example in evaluation mode."""
+    with untouched(model):
+        return outputs(model.eval(), as_tensors(example, model))
+
+
 def tensors_in(output: Any) -> Iterator[Tensor]:
     """Every tensor in tuples, lists, mappings and data classes."""
     if isinstance(output, Tensor):
@@ -88,6 +97,19 @@ def copied(model: nn.Module) -> Any:
     return twin
 
 
+def obstacle(model: nn.Module, path: str) -> str | None:
+    """Why a layer cannot be given another class or be replaced; None where it can."""
+    layer = model.get_submodule(path)
+    if parametrize.is_parametrized(layer):
+        return "it is parametrized"
+    if "forward" in vars(layer):
+        return "its forward was replaced by another function"
+    owners = [module for module in model.modules() if layer in module.children()]
+    if any(isinstance(owner, nn.TransformerEncoderLayer) for owner in owners):
+        return "nn.TransformerEncoderLayer reads its weight in evaluation without calling it"
+    return None
+
+
 def split(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter, buffer or layer, and its name there."""
     owner, _, name = path.rpartition(".")
@@ -110,6 +132,19 @@ class Transaction:
                     self._undo.append(_setter(parent._modules, name, old))
                     parent._modules[name] = new
         new.train(old.training)
+
+    def add(self, path: str, new: nn.Module, kind: type[nn.Module]) -> None:
+        """Give a layer a child at `path` and a class that uses it; it stays the same object."""
+        owner, name = split(self._model, path)
+        before = type(owner)
+
+        def take_out() -> None:
+            owner.__class__ = before
+            owner._modules.pop(name, None)
+
+        self._undo.append(take_out)
+        owner._modules[name] = new
+        owner.__class__ = kind
 
     def write(self, path: str, value: Any) -> None:
         """Give a parameter or buffer other values of the same shape; it stays the same object."""
@@ -157,12 +192,18 @@ def carry(
 ) -> None:
     """Move the groups and the state of an optimizer to the parameters of a changed model, by their paths.
 
-    A parameter that is new joins the group of the one beside it, one that is gone leaves.
+    A parameter that is new joins the group of the one before it in the order of the model, one that is gone leaves.
     """
     paths = {parameter: path for path, parameter in before.items()}
-    owners = {path.rpartition(".")[0] for path in before}
-    fresh = [path for path in after if path not in before and path.rpartition(".")[0] in owners]
-    groups, state = [], {}
+    joining: dict[str, list[str]] = {}  # to the path of a known one, the new ones that follow it
+    known = next((path for path in after if path in before), "")
+    for new in after:
+        if new in before:
+            known = new
+        else:
+            joining.setdefault(known, []).append(new)
+    groups = []
+    state: dict[Tensor, Any] = {}
     for group in optimizer.param_groups:
         kept: list[nn.Parameter] = []
         for parameter in group["params"]:
@@ -171,12 +212,9 @@ def carry(
                 continue
             moved = parameter if path is None else after[path]
             kept.append(moved)
-            if parameter in optimizer.state:
+            if parameter in optimizer.state and moved.shape == parameter.shape:
                 state[moved] = optimizer.state[parameter]
-            beside = "" if path is None else path.rpartition(".")[0]
-            joining = [new for new in fresh if path is not None and new.rpartition(".")[0] == beside]
-            kept += [after[new] for new in joining]
-            fresh = [new for new in fresh if new not in joining]
+            kept += [after[new] for new in joining.get(path or "", ())]
         groups.append(kept)
     for group, kept in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = kept
