@@ -205,33 +205,33 @@ def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: in
     gamma = record.gamma
     if gamma is not None and record.gain != gain:
         gamma = gamma + 1
+    beta = None if kind == "rms" else record.beta
+    if record.kind == "rms" and kind != "rms" and gamma is not None:
+        beta = np.zeros(record.shape)
+    channels = record.shape[0]
     kept: Mapping[str, Any] = {}
     if kind in _KEEPING:
-        size = record.shape[0]
-        kept = record.kept or {"mean": np.zeros(size), "var": np.ones(size)}
-    channels = record.shape[0]
+        kept = record.kept or {"mean": np.zeros(channels), "var": np.ones(channels)}
     if kind == "group" and groups is None:
-        same = record.kind == "group"
-        groups = record.groups if same else usual_groups(channels, spatial=ndim != 2)
+        groups = record.groups if record.kind == "group" else usual_groups(channels, spatial=ndim != 2)
     if kind == "group" and channels % (groups or 1):
         raise NormValueError(message("`groups` must divide the channels", f"{groups} and {channels}"))
-    size = record.virtual_batch_size or _VIRTUAL_BATCH_SIZE
     axis, spatial = record.axis, record.spatial
-    if axis == 1 and ndim is not None:
-        spatial = ndim - 2 if 3 <= ndim <= 5 else spatial
-        if ndim == 2 and kind in ("layer", "rms"):
-            axis = -1
+    if ndim == 2:  # both places of the channels are one
+        axis = -1 if kind in ("layer", "rms") else 1
+    elif axis == 1 and ndim is not None and ndim <= 5:
+        spatial = ndim - 2
     return dataclasses.replace(
         record,
         kind=kind,
         axis=axis,
         spatial=spatial,
         groups=groups if kind == "group" else None,
-        virtual_batch_size=size if kind == "ghost" else None,
+        virtual_batch_size=(record.virtual_batch_size or _VIRTUAL_BATCH_SIZE) if kind == "ghost" else None,
         rate=record.rate if record.kept else _RATE,
         gain=gain,
         gamma=gamma,
-        beta=None if kind == "rms" else record.beta,
+        beta=beta,
         kept=kept,
         count=record.count if record.kept and kept else None,
     )
@@ -239,7 +239,7 @@ def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: in
 
 def _carried(old: NormRecord, new: NormRecord) -> str:
     """What went over, in words."""
-    kept = [name for name in ("gamma", "beta") if getattr(new, name) is not None]
+    kept = [name for name in ("gamma", "beta") if getattr(old, name) is not None and getattr(new, name) is not None]
     words = f"{', '.join([*kept, 'eps'])} carried over"
     if new.beta is None and old.beta is not None and np.any(old.beta):
         words += ", beta is lost"
