@@ -269,7 +269,8 @@ class _Plan:
             raise _Refused("it is neither a convolution nor a linear map")
         if len(maps) > 1:
             raise _Refused(f"it is called {len(maps)} times: one norm would see several distributions")
-        given = [node for node in own if any(reader.path != path for reader in graph.consumers(node))]
+        inside = {node.id for node in own}
+        given = [node for node in own if any(reader.id not in inside for reader in graph.consumers(node))]
         if len(given) != 1:
             raise _Refused(f"it has {len(given)} outputs")
         return maps[0], given[0]
