@@ -253,6 +253,22 @@ def test_the_last_ones_too():
     assert places(report) == ["0", "2", "5", "7"]
 
 
+def test_a_layer_under_two_names_stays_one():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.others = nn.Linear(4, 4), nn.Linear(4, 2), []
+            self.again = self.a
+            self.others.append(self.a)
+
+        def forward(self, x):
+            return self.b(F.relu(self.again(x)))
+
+    result = normkit.insert(Tied(), "batch", torch.randn(3, 4))
+    assert result.a is result.again is result.others[0]
+    assert "again.norm.weight" in result.state_dict()
+
+
 def test_channels_of_linear_maps_over_sequences_are_last():
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
     x = torch.randn(3, 7, 5) + 2
@@ -272,9 +288,11 @@ def test_the_original_stays_and_what_belongs_to_it_goes_along():
     model.tag = "mine"
     state = {key: value.clone() for key, value in model.state_dict().items()}
     kinds = [type(layer) for layer in model]
+    random = torch.get_rng_state()
     report = normkit.insert(model, "batch", images(), dry_run=True)
     assert len(report.done) == 3
     result = normkit.insert(model, "batch", images())
+    assert torch.equal(torch.get_rng_state(), random)
     assert [type(layer) for layer in model] == kinds
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -291,17 +309,18 @@ def test_the_original_stays_and_what_belongs_to_it_goes_along():
 
 
 @pytest.mark.parametrize("placement", ["before", "after"])
-def test_a_model_with_norms_can_be_copied_pickled_and_exported(placement, tmp_path):
+def test_a_model_with_norms_can_be_copied_pickled_exported_and_compiled(placement, tmp_path):
     model = randomized(normkit.insert(plain(), "batch", images(), placement=placement))
     x = images()
     torch.save(model, tmp_path / "model.pt")
     exported = torch.export.export(model, (x,)).module()
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
     twins = [
         copy.deepcopy(model),
         pickle.loads(pickle.dumps(model)),
         torch.load(tmp_path / "model.pt", weights_only=False),
     ]
-    for twin in (*twins, exported):
+    for twin in (*twins, exported, compiled, torch.fx.symbolic_trace(model)):
         close(model(x), twin(x), CLOSE[torch.float32])
     assert all([type(layer) for layer in twin] == [type(layer) for layer in model] for twin in twins)
     again = normkit.insert(plain(), "batch", images(), placement=placement)
@@ -314,8 +333,12 @@ def test_inserted_norms_can_be_folded_and_removed_again():
     folded, report = normkit.fold(model, images(), return_report=True)
     assert len(report.done) == 6
     close(model(images())[1], folded(images())[1], CLOSE[torch.float32])
-    plain_again = normkit.remove(normkit.insert(Functional(), "layer", images()), "layer")
-    assert plain_again.state_dict().keys() == Functional().state_dict().keys()
+    original = Functional()
+    again = normkit.remove(normkit.insert(original, "layer", images()), "layer")
+    assert [type(layer) for layer in again.modules()] == [type(layer) for layer in original.modules()]
+    assert torch.equal(again(images())[1], original(images())[1])
+    inserted = places(normkit.insert(again, "group", images(), dry_run=True))
+    assert [f"{path}.norm" for path in inserted] == places(report)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -24,6 +24,7 @@ _ACTIVATIONS = frozenset((
 _NORMS = frozenset((
     "batch_norm", "group_norm", "instance_norm", "layer_norm", "local_response_norm", "normalize", "rms_norm",
 ))
+_MAPS = LINEAR | {"bilinear", "gru", "lstm", "multi_head_attention_forward", "rnn_relu", "rnn_tanh"}
 _ATTENTION = frozenset(("baddbmm", "bmm", "einsum", "matmul", "scaled_dot_product_attention", "softmax"))
 # fmt: on
 
@@ -325,7 +326,7 @@ class _Plan:
             return "norm"
         if node.op in ("output", "unknown"):
             return node.op
-        if node.op in LINEAR:
+        if node.op in _MAPS:
             return "linear"
         if node.op in _ATTENTION:
             return "attention"

@@ -145,7 +145,7 @@ def remove(
     return_report: bool = False,
     optimizer: Any = None,
 ) -> Any:
-    """Take norms out of a model: each becomes an identity, under its path.
+    """Take norms out of a model: each becomes an identity, under its path; one that `insert` put in goes altogether.
 
     The outputs change; with an `example` the report says by how much. `normkit.fold` takes norms out and keeps the
     outputs, where that is possible.

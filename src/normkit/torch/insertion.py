@@ -34,7 +34,7 @@ from normkit.torch.surgery import (
     transaction,
 )
 
-__all__ = ["opened"]
+__all__ = ["opened", "take_out"]
 
 _CHILD = "norm"
 # A value per channel that is added to all of x is subtracted again by their statistics.
@@ -50,6 +50,15 @@ def opened(model: nn.Module, norm: str | Callable[..., Any], example: Any) -> _O
     if isinstance(norm, str):
         norm_layer(norm, 64)  # which knows the names
     return _Opened(model, norm, example)
+
+
+def take_out(changes: Transaction, model: nn.Module, path: str) -> bool:
+    """Take out a norm that was inserted, and with it the class that called it; False where it was not inserted."""
+    owner, name = split(model, path)
+    if not isinstance(owner, _Behind) or name != _CHILD:
+        return False
+    changes.child(path, None, type(owner).__bases__[1])
+    return True
 
 
 class _Behind:
@@ -162,7 +171,7 @@ def _put(changes: Transaction, model: nn.Module, place: Place, norm: nn.Module) 
     if own is not None:
         norm.requires_grad_(own.requires_grad)
     side = _Behind if place.side == "output" else _InFront
-    changes.add(f"{place.path}.{_CHILD}", norm, _with_norm(side, type(layer)))  # type: ignore[arg-type]
+    changes.child(f"{place.path}.{_CHILD}", norm, _with_norm(side, type(layer)))  # type: ignore[arg-type]
     return norm
 
 

@@ -14,6 +14,7 @@ from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.surgery.sites import Site
 from normkit.torch import layers, porting
+from normkit.torch.insertion import take_out
 from normkit.torch.probe import as_tensors, forward, untouched
 from normkit.torch.sites import sites
 from normkit.torch.surgery import (
@@ -129,6 +130,8 @@ class _Opened:
         result = self._model if inplace else copied(self._model)
         with transaction(result) as changes:
             for path, made in self._made.items():
+                if isinstance(made, nn.Identity) and take_out(changes, result, path):
+                    continue
                 replaced = result.get_submodule(path)
                 _take_over(made, replaced, self._sites[path])
                 changes.replace(path, made)

@@ -133,18 +133,12 @@ class Transaction:
                     parent._modules[name] = new
         new.train(old.training)
 
-    def add(self, path: str, new: nn.Module, kind: type[nn.Module]) -> None:
-        """Give a layer a child at `path` and a class that uses it; it stays the same object."""
+    def child(self, path: str, new: nn.Module | None, kind: type[nn.Module]) -> None:
+        """Give a layer a child at `path`, or take it out (None), and a class that fits; it stays the same object."""
         owner, name = split(self._model, path)
-        before = type(owner)
-
-        def take_out() -> None:
-            owner.__class__ = before
-            owner._modules.pop(name, None)
-
-        self._undo.append(take_out)
-        owner._modules[name] = new
-        owner.__class__ = kind
+        before, old = type(owner), owner._modules.get(name)
+        self._undo.append(lambda: _adopt(owner, name, old, before))
+        _adopt(owner, name, new, kind)
 
     def write(self, path: str, value: Any) -> None:
         """Give a parameter or buffer other values of the same shape; it stays the same object."""
@@ -241,6 +235,13 @@ def _setter(values: dict[str, Any], name: str, value: Any) -> Callable[[], None]
         values[name] = value
 
     return set_back
+
+
+def _adopt(owner: nn.Module, name: str, child: nn.Module | None, kind: type[nn.Module]) -> None:
+    owner._modules.pop(name, None)
+    if child is not None:
+        owner._modules[name] = child
+    owner.__class__ = kind
 
 
 def _write(tensor: Tensor, value: Any) -> None:
