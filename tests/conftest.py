@@ -35,8 +35,9 @@ _count: dict[str, int] = defaultdict(int)
 def area_of(nodeid: str) -> str:
     parts = Path(nodeid.split("::")[0]).parts
     inside = parts[1:] if parts and parts[0] == HERE.name else parts
-    backend = next((name for name in BUDGETS if name == f"keras {nodeid.partition('[')[2].rstrip(']')}"), None)
-    return backend or (inside[0] if len(inside) > 1 else "project")
+    area = inside[0] if len(inside) > 1 else "project"
+    backend = f"keras {nodeid.partition('[')[2].rstrip(']')}"
+    return backend if area == "keras_layers" and backend in BUDGETS else area
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from normkit.surgery.freezing import freeze as freeze
     from normkit.surgery.freezing import param_groups as param_groups
     from normkit.surgery.freezing import unfreeze as unfreeze
+    from normkit.surgery.insertion import insert as insert
     from normkit.surgery.recalibration import recalibrate as recalibrate
+    from normkit.surgery.replacement import remove as remove
+    from normkit.surgery.replacement import replace as replace
 
 __version__ = "0.1.0"
 
@@ -33,9 +36,12 @@ _HOME = {
     "fold": "normkit.surgery.folding",
     "freeze": "normkit.surgery.freezing",
     "groups_for": "normkit.core.algebra",
+    "insert": "normkit.surgery.insertion",
     "param_groups": "normkit.surgery.freezing",
     "port": "normkit.surgery.conversion",
     "recalibrate": "normkit.surgery.recalibration",
+    "remove": "normkit.surgery.replacement",
+    "replace": "normkit.surgery.replacement",
     "unfreeze": "normkit.surgery.freezing",
 }
 __all__ = ["__version__", *sorted(_HOME)]

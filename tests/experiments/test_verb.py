@@ -184,6 +184,12 @@ def ignores(norm):
 def nothing(norm):
     norm(8)
 
+def bare():
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+
+def batched():
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
 def plain():
     return nn.Linear(3, 2)
 
@@ -244,6 +250,16 @@ def test_by_default_all_norms_that_the_model_has_a_place_for(mine, npz):
     assert normkit.compare(mine("roomy"), npz(), **asked).config.norms[2] == "batch:after"
 
 
+@pytest.mark.parametrize("name", ["bare", "batched"])
+def test_a_model_that_knows_nothing_of_norms(mine, npz, name):
+    """As good as one that takes `norm` at the same place: its inputs to the activations are normalized."""
+    result = normkit.compare(mine(name), npz(), **SMALL)
+    none, batch = (next(t for t in result.trials if t.config.norm == norm) for norm in ("none", "batch"))
+    assert none.snapshots[0].sites[0].gamma_mean is None
+    assert batch.snapshots[0].sites[0].gamma_mean == 1.0
+    assert not batch.diverged
+
+
 @pytest.mark.parametrize(("name", "tested"), [("loaders", False), ("sets", True), ("arrays", True)])
 def test_data_of_the_users(mine, name, tested):
     result = normkit.compare(mine("build"), mine(name, "data"), **{**SMALL, "batch_sizes": None})
@@ -260,7 +276,7 @@ def test_data_of_the_users(mine, name, tested):
         ("broken", None, "broken raised NameError: name 'wide' is not defined (line 15 of mine.py)"),
         ("ignores", None, "norm"),
         ("nothing", None, "nn.Module"),
-        ("plain", None, "plain must take a parameter `norm`"),
+        ("plain", None, "must have a linear map that a norm can follow"),
         ("number", None, "must be a function"),
         ("missing", None, "must define missing"),
         ("narrow", None, "label 1 and 1 outputs"),

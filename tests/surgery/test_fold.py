@@ -402,8 +402,8 @@ def test_in_place_is_all_or_nothing(monkeypatch, error, moment):
         return finish(self, folds, **options)
 
     if moment == 2:  # all changes are made, then the model is run
-        outputs = torch_folding._outputs
-        monkeypatch.setattr(torch_folding, "_outputs", _raising_after_folding(outputs, error))
+        outputs = torch_folding.outputs
+        monkeypatch.setattr(torch_folding, "outputs", _raising_after_folding(outputs, error))
     else:
         monkeypatch.setattr(torch_folding._Opened, "finish", failing)
     with pytest.raises(error, match="in the middle"):

@@ -10,8 +10,9 @@ import pytest
 from architectures import ARCHITECTURES, built
 
 import normkit
-from normkit.torch.folding import _Narrow, _outputs, _relative
+from normkit.torch.folding import _Narrow
 from normkit.torch.sites import sites
+from normkit.torch.surgery import largest_change, outputs
 
 QUICK = {"resnet", "levit", "convnext", "llama", "gpt2", "hubert"}
 # Batch norms that stay, and why.
@@ -55,7 +56,7 @@ def test_every_batch_norm_that_can_be_folded_is(name):
         return
     model.double()
     with _Narrow() as narrow:
-        _outputs(model, x)
+        outputs(model, x)
     again = normkit.fold(model, x)
     # 6e-8 is a spacing of float32, in which some models compute parts whatever their type.
     assert _change(model, again, x) <= (1e-6 if narrow.seen else 1e-12)
@@ -63,8 +64,7 @@ def test_every_batch_norm_that_can_be_folded_is(name):
 
 def _change(model, folded, inputs):
     """Largest change of an output over the largest value of it."""
-    pairs = zip(_outputs(model, inputs), _outputs(folded, inputs), strict=True)
-    return max(_relative(before, after) for before, after in pairs)
+    return largest_change(outputs(model, inputs), outputs(folded, inputs))
 
 
 @pytest.mark.long

@@ -17,6 +17,7 @@ from normkit.errors import NormError, NormTypeError, NormValueError
 from normkit.experiments import protocol
 from normkit.experiments.protocol import Setup
 from normkit.torch import training
+from normkit.torch.sites import sites
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(12, 5))
@@ -251,8 +252,8 @@ def keeps(norm):
 
 BUILDS = {
     "raises": (raising, r"raising raised ValueError: no such thing"),
-    "takes nothing": (without_norm, r"must take a parameter `norm`.*hint: def without_norm\(norm\): \.\.\. norm\(64\)"),
-    "takes more": (two_arguments, r"must take a parameter `norm`, and no other without a default \(missing.*'width'\)"),
+    "has no place": (without_norm, "must have a linear map that a norm can follow; got .*gives an output of the model"),
+    "takes more": (two_arguments, r"parameter `norm` or nothing, and no other without a default \(missing.*'width'\)"),
     "returns nothing": (lambda norm: None, "must return a torch.nn.Module; got NoneType"),
     "returns a class": (lambda norm: nn.Linear, "must return a torch.nn.Module; got the class Linear"),
     "does not call norm": (linear(), "build does not use the norm it was given: .*got no call of norm"),
@@ -267,7 +268,46 @@ BUILDS = {
 def test_functions_that_give_no_usable_network(case):
     build, text = BUILDS[case]
     with pytest.raises(NormValueError, match=text):
-        training.trainer(setup(build, norm="batch"))
+        training.trainer(setup(build, norm="batch", example=lambda: TABLE))
+
+
+def bare():
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def with_norms():
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.constant_(model[1].weight, 0.25)
+    return model
+
+
+@pytest.mark.parametrize(("norm", "position"), VARIANTS)
+@pytest.mark.parametrize("build", [bare, with_norms])
+def test_a_function_without_norm_gets_that_of_the_variant(build, norm, position):
+    """Inserted, or in the place of those that are there; all variants start from the same weights."""
+    asked = setup(build, norm=norm, position=position, example=lambda: TABLE)
+    if norm == "instance" or (build is with_norms and position == "after"):
+        with pytest.raises(NormValueError, match=r"needs spatial axes|single value|model without norms"):
+            training.trainer(asked).step(TABLE, LABELS)
+        return
+    trainer = training.trainer(asked)
+    found = [site.record for site in sites(trainer.network)]
+    assert [record.kind for record in found] == ([] if norm == "none" else [norm])
+    assert all(record.gamma[0] == (1.0 if build is bare else 0.25) for record in found)
+    plain = training.trainer(setup(bare, example=lambda: TABLE)).weights()
+    assert all(np.array_equal(value, plain[name]) for name, value in trainer.weights().items())
+    before = copy.deepcopy(trainer.network.state_dict())
+    trainer.step(TABLE, LABELS)
+    weights = {name: p for name, p in trainer.network.named_parameters() if name.endswith("weight")}
+    assert all(not torch.equal(p, before[name]) for name, p in weights.items())
+
+
+def test_norms_that_cannot_be_replaced_are_said():
+    def build():
+        return nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    with pytest.raises(NormValueError, match=r"every norm of a model must be one that can be replaced; got 1\.norm1"):
+        training.trainer(setup(build, norm="batch", example=lambda: TABLE))
 
 
 def test_a_model_that_is_kept_between_variants_does_not_use_its_norm():

@@ -97,8 +97,8 @@ def compare(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="cnn, mlp, file.py:build for a function build(norm) that returns a network, or file.py:train for a "
-            "training loop train(trial). [default: cnn for images, mlp for tables]",
+            help="cnn, mlp, file.py:build for a function build(norm) or build() that returns a network, or "
+            "file.py:train for a training loop train(trial). [default: cnn for images, mlp for tables]",
             show_default=False,
         ),
     ] = None,

@@ -24,9 +24,10 @@ Batch = tuple[Any, Any]  # inputs and targets: NumPy arrays, or whatever a loade
 class Setup(NamedTuple):
     """What a trainer is made of.
 
-    `model` is `cnn`, `mlp` or a function that takes `norm` and returns a network; `shape` and `classes` are for the
-    embedded models. `loss` is a name or a function of (outputs, targets) that gives the mean; `optimizer` a name or a
-    function of (parameters, rate); `metric` a name or a function of (outputs, targets) that gives a number.
+    `model` is `cnn`, `mlp` or a function that returns a network; `shape` and `classes` are for the embedded models,
+    `example` gives inputs for a network whose function takes no `norm`. `loss` is a name or a function of (outputs,
+    targets) that gives the mean; `optimizer` a name or a function of (parameters, rate); `metric` a name or a function
+    of (outputs, targets) that gives a number.
     """
 
     model: str | Callable[..., Any]
@@ -41,6 +42,7 @@ class Setup(NamedTuple):
     metric: str | Callable[..., Any]
     seed: int
     steps: int
+    example: Callable[[], Any] | None = None
 
 
 class Scores(NamedTuple):

@@ -61,6 +61,7 @@ def trainer_for(config: TrialConfig, recipe: Recipe, feed: Feed, training: Train
             metric=recipe.metric,
             seed=config.seed,
             steps=config.epochs * feed.steps(config.batch_size),
+            example=lambda: _first([next(iter(feed.validation(config.inputs)))]),
         )
     )
 

@@ -12,15 +12,12 @@ from normkit.core.algebra import scale_shift
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, message
 from normkit.frameworks import framework_of
-from normkit.surgery.graph import Graph, Node
-from normkit.surgery.plan import Edit, Report
+from normkit.surgery.graph import LINEAR, Graph, Node
+from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
 from normkit.surgery.sites import Site
 
 __all__ = ["Change", "Fold", "Opened", "fold", "planned"]
 
-_NO_OPTIMIZER = "an optimizer made before holds the old parameters: give it as `optimizer`"
-# `addmm` is a linear map with its weight as (inputs, outputs).
-_LINEAR = frozenset(("linear", "addmm", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
 # Functions that only move values: each value of the outputs is one of the input.
 # fmt: off
 _MOVES = frozenset((
@@ -158,7 +155,7 @@ def fold(
     accepted = [one for number, one in enumerate(folds) if number not in rejected]
     reasons = {id(folds[number]): reason for number, reason in rejected.items()}
     edits = [_edit(one, reasons) for one in found]
-    notes = () if optimizer is not None else (_NO_OPTIMIZER,)
+    notes = OLD_OPTIMIZER if optimizer is None else ()
     report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), notes)
     if dry_run:
         return report
@@ -263,12 +260,12 @@ class _Plan:
             if len(producers) != 1:
                 raise _Refused(f"{path[-1]} before it has {len(producers)} inputs")
             producer = producers[0]
-            if producer.op not in _LINEAR:
+            if producer.op not in LINEAR:
                 self._check_moves(producer, "before")
             readers = len(graph.consumers(producer))
             if readers > 1:
                 raise _Refused(f"the output of {producer} before it is read {readers} times")
-            if producer.op in _LINEAR:
+            if producer.op in LINEAR:
                 break
             path.append(producer)
         change = self._change("output", producer)
@@ -298,7 +295,7 @@ class _Plan:
         while waiting:
             giver, values = waiting.pop()
             for reader in self.subject.graph.consumers(giver):
-                if reader.op in _LINEAR:
+                if reader.op in LINEAR:
                     changes.append(self._into(site, giver, reader, values, scale, shift))
                 else:
                     self._check_moves(reader, "behind")

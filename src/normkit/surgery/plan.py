@@ -9,7 +9,10 @@ from typing import Any
 from normkit.surgery.graph import How
 from normkit.tables import Result, Table
 
-__all__ = ["Edit", "Report"]
+__all__ = ["OLD_OPTIMIZER", "Edit", "Report"]
+
+# A note for verbs that were given no optimizer.
+OLD_OPTIMIZER = ("an optimizer made before holds the old parameters: give it as `optimizer`",)
 
 _HEADINGS = ("layer", "is", "becomes", "why")
 _SEEN = {
@@ -45,7 +48,7 @@ class Report(Result):
     Attributes:
         verb: `fold`, ...
         model: name of the model's class.
-        how: how the flow of data was seen: `dynamo`, `export` or `modules`.
+        how: how the flow of data was seen: `dynamo`, `export` or `modules`; None where a verb looks at layers alone.
         edits: one or more entries per layer that the verb looks at, in the order of the calls.
         notes: what else there is to know.
         difference: largest change of the outputs on the example, relative to the largest output, in the type of the
@@ -54,7 +57,7 @@ class Report(Result):
 
     verb: str
     model: str
-    how: How
+    how: How | None
     edits: tuple[Edit, ...]
     notes: tuple[str, ...] = ()
     difference: float | None = None
@@ -79,7 +82,8 @@ class Report(Result):
         return asdict(self)
 
     def _lines(self) -> Iterator[str]:
-        yield f"{self.verb} {self.model}: {len(self.done)} edits, {len(self.kept)} refused; {_SEEN[self.how]}"
+        seen = "" if self.how is None else f"; {_SEEN[self.how]}"
+        yield f"{self.verb} {self.model}: {len(self.done)} edits, {len(self.kept)} refused{seen}"
         yield from self.notes
         if self.difference is not None:
             yield f"outputs on the example change by {self.difference:.1e} of the largest"

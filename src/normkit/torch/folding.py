@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,22 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normkit.core.algebra import fold_after, fold_before
-from normkit.errors import NormTypeError, message
 from normkit.surgery.folding import Change, Fold
 from normkit.surgery.graph import Node
 from normkit.torch.graph import capture
-from normkit.torch.probe import as_tensors, check_sized, forward, untouched
+from normkit.torch.probe import as_tensors
 from normkit.torch.sites import sites
-from normkit.torch.surgery import Transaction, carry, check_plain, copied, split, transaction
+from normkit.torch.surgery import (
+    Transaction,
+    carry,
+    check_runs,
+    copied,
+    largest_change,
+    outputs,
+    split,
+    tensors_in,
+    transaction,
+)
 
 __all__ = ["opened"]
 
@@ -34,14 +43,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def opened(model: nn.Module, example: Any) -> _Opened:
     """Look into a model. Raises NormTypeError and NormValueError where that is not possible."""
-    check_plain(model)
-    check_sized(model)
-    given = as_tensors(example, model)
-    with untouched(model):
-        output = forward(model, given)  # what the model itself says against the example is heard here
-    if not any(True for _ in _tensors(output)):
-        must = "`model` must return tensors, also within mappings, sequences and data classes, to be compared"
-        raise NormTypeError(message(must, type(output).__name__))
+    check_runs(model, example)
     return _Opened(model, example)
 
 
@@ -104,16 +106,16 @@ class _Opened:
         return rejected
 
     def finish(self, folds: Sequence[Fold], *, inplace: bool, optimizer: Any) -> tuple[Any, float]:
-        before = _outputs(self._model, as_tensors(self._example, self._model))
+        before = outputs(self._model, as_tensors(self._example, self._model))
         old = dict(self._model.named_parameters())
         result = self._model if inplace else copied(self._model)
         with transaction(result) as changes:
             for fold in folds:
                 _apply(changes, result, fold)
-            after = _outputs(result, as_tensors(self._example, result))
+            after = outputs(result, as_tensors(self._example, result))
             if optimizer is not None:
                 carry(optimizer, old, dict(result.named_parameters()))
-        return result, max((_relative(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+        return result, largest_change(before, after)
 
     def _holders(self, path: str) -> set[str]:
         """A layer, by all its paths, and all that it lies in, but the model."""
@@ -139,11 +141,10 @@ class _Trial:
     def difference(self) -> str | None:
         """How the outputs differ from those before, None where they do not."""
         try:
-            after = [_outputs(self.model, given) for given in self._given]
+            after = [outputs(self.model, given) for given in self._given]
         except Exception as error:
             return f"folded, the model fails: {type(error).__name__}"
-        pairs = zip(itertools.chain(*self._before), itertools.chain(*after), strict=True)
-        worst = max((_relative(a, b) for a, b in pairs), default=0.0)
+        worst = max(itertools.starmap(largest_change, zip(self._before, after, strict=True)))
         return None if worst <= self._close else f"folded, the outputs change by {worst:.1e} of the largest"
 
     def _run(self, example: Any) -> bool:
@@ -151,10 +152,10 @@ class _Trial:
         given = as_tensors(example, self.model)
         self._given = [given]
         with _Narrow() as narrow:
-            self._before = [_outputs(self.model, given)]
+            self._before = [outputs(self.model, given)]
         other = _random(given)
         with contextlib.suppress(Exception):  # the model may not take any inputs: special tokens must be in place
-            self._before.append(_outputs(self.model, other))
+            self._before.append(outputs(self.model, other))
             self._given.append(other)
         return narrow.seen
 
@@ -166,7 +167,7 @@ class _Narrow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             self.seen |= tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.numel() > 0
         return output
 
@@ -186,37 +187,6 @@ def _random(given: Any) -> Any:
         return given.mean() + torch.where(spread > 0, spread, torch.ones_like(spread)) * drawn
     order = torch.randperm(given.numel(), generator=generator).to(given.device)
     return given.flatten()[order].reshape(given.shape)
-
-
-def _outputs(model: nn.Module, given: Any) -> list[Tensor]:
-    with untouched(model):
-        return [tensor.detach().clone() for tensor in _tensors(forward(model, as_tensors(given, model)))]
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from _tensors(list(output.values()))
-    elif isinstance(output, tuple | list):
-        for part in output:
-            yield from _tensors(part)
-    elif hasattr(output, "__dataclass_fields__"):
-        yield from _tensors([getattr(output, name) for name in output.__dataclass_fields__])
-
-
-def _relative(before: Tensor, after: Tensor) -> float:
-    """Largest difference over the largest value. What is not finite must stay the same."""
-    if before.shape != after.shape:
-        return float("inf")
-    a, b = before.double(), after.double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    if same.all():
-        return 0.0
-    difference = torch.where(same, 0.0, (a - b).abs()).max().item()
-    largest = torch.where(a.isfinite(), a.abs(), 0.0).max().item()
-    relative = difference / largest if largest else float("inf")
-    return relative if relative == relative else float("inf")
 
 
 def _apply(changes: Transaction, model: nn.Module, fold: Fold) -> None:

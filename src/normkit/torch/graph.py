@@ -285,7 +285,7 @@ def _from_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             options["training"] = module.training
         op = type(module).__name__
         if computes_as_named(module):
-            op = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", op.replace("ReLU", "Relu")).lower()
+            op = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", op.replace("LU", "lu")).lower()
         nodes.append(Node(len(nodes), op, paths[id(module)], True, tuple(before[-1:]), shape, reads, options))
         given[id(module)] = len(nodes) - 1
     read = {number for node in nodes for number in node.inputs}

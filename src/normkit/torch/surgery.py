@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from normkit.errors import NormTypeError, message
+from normkit.torch.probe import as_tensors, check_sized, forward, untouched
 
-__all__ = ["Transaction", "carry", "check_plain", "copied", "split", "transaction"]
+__all__ = [
+    "Transaction",
+    "carry",
+    "check_plain",
+    "check_runs",
+    "copied",
+    "evaluated",
+    "largest_change",
+    "obstacle",
+    "outputs",
+    "split",
+    "tensors_in",
+    "transaction",
+]
 
 
 def check_plain(model: nn.Module) -> None:
@@ -29,6 +44,47 @@ def check_plain(model: nn.Module) -> None:
         raise NormTypeError(message("`model` must be a plain torch.nn.Module", type(model).__name__, hint))
 
 
+def check_runs(model: nn.Module, example: Any) -> None:
+    """Raise where a model cannot be looked into, or says itself that the example does not fit."""
+    check_plain(model)
+    check_sized(model)
+    with untouched(model):
+        output = forward(model, as_tensors(example, model))
+    if not any(True for _ in tensors_in(output)):
+        must = "`model` must return tensors, also within mappings, sequences and data classes, to be compared"
+        raise NormTypeError(message(must, type(output).__name__))
+
+
+def outputs(model: nn.Module, given: Any) -> list[Tensor]:
+    """The tensors that the model gives on these inputs, in the mode it is in."""
+    with untouched(model):
+        return [tensor.detach().clone() for tensor in tensors_in(forward(model, as_tensors(given, model)))]
+
+
+def evaluated(model: nn.Module, example: Any) -> list[Tensor]:
+    """The tensors that the model gives on an example in evaluation mode."""
+    with untouched(model):
+        return outputs(model.eval(), as_tensors(example, model))
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Every tensor in tuples, lists, mappings and data classes."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from tensors_in(list(output.values()))
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from tensors_in(part)
+    elif hasattr(output, "__dataclass_fields__"):
+        yield from tensors_in([getattr(output, name) for name in output.__dataclass_fields__])
+
+
+def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Largest difference of an output, over its largest value."""
+    return max((_relative(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+
+
 def copied(model: nn.Module) -> Any:
     """A deep copy: hooks, tied weights, modes, `requires_grad` and attributes set on parameters are those of `model`.
 
@@ -42,6 +98,19 @@ def copied(model: nn.Module) -> Any:
     for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
         its.__dict__.update(mine.__dict__)  # deepcopy drops them
     return twin
+
+
+def obstacle(model: nn.Module, path: str) -> str | None:
+    """Why a layer cannot be given another class or be replaced; None where it can."""
+    layer = model.get_submodule(path)
+    if parametrize.is_parametrized(layer):
+        return "it is parametrized"
+    if "forward" in vars(layer):
+        return "its forward was replaced by another function"
+    owners = [module for module in model.modules() if layer in module.children()]
+    if any(isinstance(owner, nn.TransformerEncoderLayer) for owner in owners):
+        return "nn.TransformerEncoderLayer reads its weight in evaluation without calling it"
+    return None
 
 
 def split(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -66,6 +135,13 @@ class Transaction:
                     self._undo.append(_setter(parent._modules, name, old))
                     parent._modules[name] = new
         new.train(old.training)
+
+    def child(self, path: str, new: nn.Module | None, kind: type[nn.Module]) -> None:
+        """Give a layer a child at `path`, or take it out (None), and a class that fits; it stays the same object."""
+        owner, name = split(self._model, path)
+        before, old = type(owner), owner._modules.get(name)
+        self._undo.append(lambda: _adopt(owner, name, old, before))
+        _adopt(owner, name, new, kind)
 
     def write(self, path: str, value: Any) -> None:
         """Give a parameter or buffer other values of the same shape; it stays the same object."""
@@ -113,12 +189,18 @@ def carry(
 ) -> None:
     """Move the groups and the state of an optimizer to the parameters of a changed model, by their paths.
 
-    A parameter that is new joins the group of the one beside it, one that is gone leaves.
+    A parameter that is new joins the group of the one before it in the order of the model, one that is gone leaves.
     """
     paths = {parameter: path for path, parameter in before.items()}
-    owners = {path.rpartition(".")[0] for path in before}
-    fresh = [path for path in after if path not in before and path.rpartition(".")[0] in owners]
-    groups, state = [], {}
+    joining: dict[str, list[str]] = {}  # to the path of a known one, the new ones that follow it
+    known = next((path for path in after if path in before), "")
+    for new in after:
+        if new in before:
+            known = new
+        else:
+            joining.setdefault(known, []).append(new)
+    groups = []
+    state: dict[Tensor, Any] = {}
     for group in optimizer.param_groups:
         kept: list[nn.Parameter] = []
         for parameter in group["params"]:
@@ -127,12 +209,9 @@ def carry(
                 continue
             moved = parameter if path is None else after[path]
             kept.append(moved)
-            if parameter in optimizer.state:
+            if parameter in optimizer.state and moved.shape == parameter.shape:
                 state[moved] = optimizer.state[parameter]
-            beside = "" if path is None else path.rpartition(".")[0]
-            joining = [new for new in fresh if path is not None and new.rpartition(".")[0] == beside]
-            kept += [after[new] for new in joining]
-            fresh = [new for new in fresh if new not in joining]
+            kept += [after[new] for new in joining.get(path or "", ())]
         groups.append(kept)
     for group, kept in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = kept
@@ -140,11 +219,32 @@ def carry(
     optimizer.state.update(state)
 
 
+def _relative(before: Tensor, after: Tensor) -> float:
+    # What is not finite must stay the same.
+    if before.shape != after.shape:
+        return float("inf")
+    a, b = before.double(), after.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if same.all():
+        return 0.0
+    difference = torch.where(same, 0.0, (a - b).abs()).max().item()
+    largest = torch.where(a.isfinite(), a.abs(), 0.0).max().item()
+    relative = difference / largest if largest else float("inf")
+    return relative if relative == relative else float("inf")
+
+
 def _setter(values: dict[str, Any], name: str, value: Any) -> Callable[[], None]:
     def set_back() -> None:
         values[name] = value
 
     return set_back
+
+
+def _adopt(owner: nn.Module, name: str, child: nn.Module | None, kind: type[nn.Module]) -> None:
+    owner._modules.pop(name, None)
+    if child is not None:
+        owner._modules[name] = child
+    owner.__class__ = kind
 
 
 def _write(tensor: Tensor, value: Any) -> None:

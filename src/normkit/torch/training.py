@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
+from normkit.surgery.insertion import insert
+from normkit.surgery.replacement import remove, replace, turned
 from normkit.torch import objectives
 from normkit.torch.factory import norm_factory
 from normkit.torch.models import build, weighted_layers
+from normkit.torch.porting import read, write
 from normkit.torch.probe import as_tensors, check_sized, forward, probe, untouched
+from normkit.torch.sites import sites
 
 if TYPE_CHECKING:
     from normkit.experiments.protocol import Batch, Scores, Setup, SiteValues
@@ -123,6 +129,9 @@ class TorchTrainer:
 def trainer(setup: Setup) -> TorchTrainer:
     """A network with weights drawn from the seed.
 
+    A function of the user's that takes no `norm` gets the variant's norms by `normkit.insert`, or by `normkit.replace`
+    where its network has norms.
+
     Raises NormValueError where this norm or model makes no sense, and where a function of the user's raises, gives
     something else than it must, does not use the norm it was given, or has no place for `after`.
     """
@@ -175,24 +184,70 @@ def versions() -> dict[str, str]:
 
 def _built(function: Callable[..., Any], setup: Setup) -> nn.Module:
     name = objectives.named(function)
-    try:
-        inspect.signature(function).bind(norm=None)
-    except (TypeError, ValueError) as error:
-        must = f"{name} must take a parameter `norm`, and no other without a default ({error})"
-        hint = f"def {name}(norm): ... norm(64) is the layer for 64 channels"
-        raise NormValueError(message(must, hint=hint)) from None
+    takes_norm = _takes_norm(function, name)
     norm = norm_factory(setup.norm, setup.position, setup.steps)
     seed(setup.seed)
-    network = objectives.called(function, norm=norm)
+    network = objectives.called(function, **({"norm": norm} if takes_norm else {}))
     if not isinstance(network, nn.Module):
         got = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
         raise NormValueError(message(f"{name} must return a torch.nn.Module", got, "end it with `return model`"))
-    norm.check_used(network, name)
+    if takes_norm:
+        norm.check_used(network, name)
     check_sized(network)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         got = f"{type(network).__name__} without any"
         raise NormValueError(message(f"{name} must return a model that has parameters to train", got))
+    return network if takes_norm else _normalized(network, name, setup)
+
+
+def _takes_norm(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function is to be given `norm`. Raises NormValueError where it cannot be called without more."""
+    try:
+        signature = inspect.signature(function)
+        if "norm" not in signature.parameters:
+            with contextlib.suppress(TypeError):
+                signature.bind()
+                return False
+        signature.bind(norm=None)
+    except (TypeError, ValueError) as error:
+        must = f"{name} must take a parameter `norm` or nothing, and no other without a default ({error})"
+        hint = f"def {name}(norm): ... norm(64) is the layer for 64 channels"
+        raise NormValueError(message(must, hint=hint)) from None
+    return True
+
+
+def _normalized(network: nn.Module, name: str, setup: Setup) -> nn.Module:
+    """A network with the norm of a variant: in place of the norms it has, else where activations follow its maps."""
+    norm = norm_factory(setup.norm, "before", setup.steps)
+    if not any(True for _ in sites(network)):
+        if setup.norm == "none":
+            return network
+        assert setup.example is not None
+        placement = cast(Literal["before", "after"], setup.position)
+        return insert(network, norm, setup.example(), placement=placement, inplace=True)
+    hint = f"def {name}(norm): ... and norm(64) in their place"
+    if setup.position == "after":
+        must = "a norm after the activations needs a model without norms, whose own keep their places"
+        raise NormValueError(message(must, type(network).__name__, hint))
+    if setup.norm == "none":
+        network, report = remove(network, nn.Module, inplace=True, return_report=True)
+    else:
+        new = {nn.Module: lambda record: _in_place_of(record, norm)}
+        network, report = replace(network, new, inplace=True, return_report=True)
+    for edit in report.kept:
+        must = "every norm of a model must be one that can be replaced"
+        raise NormValueError(message(must, f"{edit.path}, {edit.old}: {edit.reason}", hint))
     return network
+
+
+def _in_place_of(record: NormRecord, norm: Callable[..., nn.Module]) -> nn.Module:
+    """A layer of a variant that starts with the gamma and beta of another, which may have reasons for them."""
+    layer = norm(record.shape[0], axis=record.axis)
+    own = read(layer)
+    assert own is not None
+    values = turned(record, own.kind)
+    write(layer, dataclasses.replace(own, gamma=values.gamma, beta=values.beta))
+    return layer
 
 
 def _size(targets: Any) -> int:
