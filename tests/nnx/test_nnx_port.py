@@ -100,7 +100,7 @@ def test_layers_of_nnx_with_options_of_their_own(layer, shape):
         if variable is not None and variable.get_value() is not None:
             variable.set_value(variable.get_value() * 0 + np.linspace(0.5, 1.5, variable.shape[0], dtype="float32"))
     x = np.random.default_rng(0).normal(2, 3, shape).astype("float32")
-    there = normkit.port(layer, to="torch", axis=1 if len(shape) > 2 else None)
+    there = normkit.port(layer, to="torch")
     np.testing.assert_allclose(there(torch.from_numpy(x)).detach(), layer(x), rtol=1e-5, atol=1e-5)
 
 

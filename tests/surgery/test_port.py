@@ -16,6 +16,7 @@ from normkit.torch.porting import read
 MORE = [
     (nn.BatchNorm2d(6, track_running_stats=False), (8, 6, 3, 3)),
     (nn.InstanceNorm1d(6, track_running_stats=True), (8, 6, 5)),
+    (ours.InstanceNorm1d(6, track_running_stats=True, momentum=None), (8, 6, 5)),
     (nn.LayerNorm((3, 6), bias=False), (8, 3, 6)),
     (ours.LayerNorm2d(6), (8, 6, 3, 3)),
     (ours.RMSNorm(6, gain="1+w"), (8, 6)),
@@ -98,6 +99,14 @@ def test_models_that_do_not_match_are_refused_and_left_alone(receiver, said):
 def test_what_cannot_be_ported(model, to, options, said):
     with pytest.raises(NormError, match=said):
         normkit.port(model, to=to, **options)
+
+
+@pytest.mark.parametrize("kind", [nn.InstanceNorm1d, ours.InstanceNorm1d, nn.BatchNorm1d, ours.BatchNorm1d])
+def test_tracking_that_was_switched_off_later(kind):
+    layer = trained(kind(6, track_running_stats=True), (8, 6, 5))
+    layer.track_running_stats = False
+    x = torch.randn(8, 6, 5)
+    torch.testing.assert_close(normkit.port(layer, to="torch").eval()(x), layer(x))
 
 
 def test_a_receiver_may_have_another_gain():

@@ -112,7 +112,7 @@ def _over_samples(record: NormRecord, axis: int) -> nn.Module:
     name = names[record.kind]
     kind = factory.ANYWHERE[name] if anywhere else getattr(layers, f"{name}{record.spatial}d")
     options: dict[str, Any] = {"eps": record.eps, "nonfinite": record.nonfinite, **_affine(record)}
-    if record.rate is not None or record.kind != "instance":
+    if record.kept or record.rate is not None:
         options["momentum"] = record.rate
     if record.kind == "renorm":
         del options["bias"]
@@ -159,7 +159,10 @@ def _arrays(layer: nn.Module) -> dict[str, Any]:
         return None if value is None else value.detach().double().cpu().numpy().copy()
 
     count = getattr(layer, "num_batches_tracked", None)
-    kept = {name: array(name) for name in ("mean", "var", "std")}
+    # Tracking may be switched off later. Only PyTorch's own batch norm then still evaluates by what it has.
+    heeds = isinstance(layer, nn.modules.instancenorm._InstanceNorm | layers._Tracking)
+    stale = heeds and not layer.track_running_stats
+    kept = {} if stale else {name: array(name) for name in ("mean", "var", "std")}
     return {
         "gamma": array("gamma"),
         "beta": array("beta"),
