@@ -37,9 +37,9 @@ def port(model: Any, to: Any, *, axis: int | None = None) -> Any:
 
     Returns:
         With a layer and a name, the new layer. With a model and a name, a dictionary from the path of each of its norm
-        layers to the new layer. With another model as `to`, that model: its norm layers, in their order, were given the
-        values of this one's. They must have the same eps and average batches alike; all else of them, and its other
-        layers, stay as they are.
+        layers to the new layer. With another model as `to`, that model: its norm layers, in their order (in NNX that of
+        the names of their attributes), were given the values of this one's. They must have the same eps and average
+        batches alike; all else of them, and its other layers, stay as they are.
 
     Raises:
         NormTypeError: for what is no model.
