@@ -80,6 +80,13 @@ def test_models_that_do_not_match_are_refused_and_left_alone(receiver, said):
     assert all(value.equal(kept[name]) for name, value in receiver.state_dict().items())
 
 
+class OverChannels(nn.LayerNorm):
+    """As in ConvNeXt of torchvision: a layer norm by its class, over another axis."""
+
+    def forward(self, input):
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
 @pytest.mark.parametrize(
     ("model", "to", "options", "said"),
     [
@@ -89,6 +96,7 @@ def test_models_that_do_not_match_are_refused_and_left_alone(receiver, said):
         (nn.BatchNorm2d(6), "torch", {"axis": 2}, "`axis` must be 1 or -1; got 2"),
         (nn.BatchNorm2d(6), "torch", {"axis": True}, "`axis` must be 1 or -1; got True"),
         (nn.BatchNorm2d(6), "torch", {"axis": 1.0}, r"`axis` must be 1 or -1; got 1\.0"),
+        (nn.Sequential(OverChannels(6)), "torch", {}, "OverChannels must compute as .* got a forward of its own"),
         (nn.LazyBatchNorm1d(), "torch", {}, "LazyBatchNorm1d must be built"),
         (nn.Sequential(nn.LazyInstanceNorm2d(affine=True)), "torch", {}, "LazyInstanceNorm2d must be built"),
         (nn.LayerNorm((3, 4)), "torch", {"axis": 1}, "must have them last"),

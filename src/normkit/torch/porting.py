@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.torch import factory, layers
+from normkit.torch.graph import computes_as_named
 
 __all__ = ["NAMES", "assign", "is_norm", "make", "read", "targets", "walk"]
 
@@ -42,6 +43,9 @@ def read(layer: Any) -> NormRecord | None:
     """See `normkit.surgery.protocol.Porting`."""
     if is_norm(layer) and isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         raise NormValueError(message(f"{type(layer).__name__} must be built", hint="call the model on an input once"))
+    if is_norm(layer) and not computes_as_named(layer):
+        must = f"{type(layer).__name__} must compute as the class of torch.nn that it derives from"
+        raise NormValueError(message(must, "a forward of its own"))
     batch = isinstance(layer, nn.modules.batchnorm._BatchNorm)
     instance = isinstance(layer, nn.modules.instancenorm._InstanceNorm)
     renorm = isinstance(layer, layers._BatchRenorm)
