@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from normkit.core.catalog import CATALOG
+from normkit.core.schedule import RenormSchedule
+from normkit.errors import NormValueError, message
 
 __all__ = ["NormRecord", "TrackedLayer"]
 
@@ -26,9 +29,14 @@ class NormRecord:
         virtual_batch_size: of ghost batch norm.
         rate: weight of a new batch in what is kept; None averages all batches equally.
         bessel: whether the kept variance is the unbiased one.
+        debiased: whether the first values' share is taken out of what is kept.
+        nonfinite: `skip` or `update`; `skip` for layers of a framework, as it is the default of ours.
+        clips: of batch renormalization: its schedule, or fixed `rmin`, `rmax`, `dmax`, which do not clip if missing.
         gain: `w`, or `1+w` where gamma starts at 0.
+        cast: of RMS norm, where half precision is rounded.
         gamma, beta: float64, None where the layer has none.
-        kept: by name, `mean` and `var` or `std` (with eps inside), float64; empty where nothing is kept.
+        kept: by name, `mean` and `var` or `std` (with eps inside), float64; empty where nothing is kept, so that
+            evaluation takes the statistics of its input.
         count: batches behind what is kept, None where they are not counted.
         spatial: number of axes besides batch and channels, None where the layer takes any.
     """
@@ -41,7 +49,11 @@ class NormRecord:
     virtual_batch_size: int | None = None
     rate: float | None = None
     bessel: bool = True
+    debiased: bool = False
+    nonfinite: str = "skip"
+    clips: RenormSchedule | Mapping[str, float | None] | None = None
     gain: str = "w"
+    cast: str = "gemma"
     gamma: np.ndarray | None = None
     beta: np.ndarray | None = None
     kept: Mapping[str, Any] = field(default_factory=dict)
@@ -53,17 +65,33 @@ class NormRecord:
         """The name in a sentence, with its size: `batch norm of 64`."""
         return f"{CATALOG[self.kind].name.replace('_', ' ')} of {' x '.join(map(str, self.shape))}"
 
+    def gamma_for(self, gain: str) -> np.ndarray | None:
+        """Gamma of the same layer with another gain."""
+        if self.gamma is None or gain == self.gain:
+            return self.gamma
+        return self.gamma + (1.0 if gain == "w" else -1.0)
+
     def variance(self) -> np.ndarray | None:
-        """The kept variance; a kept standard deviation has eps inside."""
+        """The kept variance; a kept standard deviation has eps inside, and none below its root has a variance."""
         if "var" in self.kept:
             return np.asarray(self.kept["var"])
-        return None if "std" not in self.kept else np.square(self.kept["std"]) - self.eps
+        return None if "std" not in self.kept else np.maximum(np.square(self.kept["std"]) - self.eps, 0.0)
 
     def deviation(self) -> np.ndarray | None:
         """The kept standard deviation, eps inside."""
         if "std" in self.kept:
             return np.asarray(self.kept["std"])
         return None if "var" not in self.kept else np.sqrt(self.kept["var"] + self.eps)
+
+    def schedule(self) -> RenormSchedule:
+        """The clips as a schedule. Raises NormValueError for fixed ones that no schedule has."""
+        if isinstance(self.clips, RenormSchedule):
+            return self.clips
+        low, high, shift = ((self.clips or {}).get(name) for name in ("rmin", "rmax", "dmax"))
+        if low is None or high is None or shift is None or high < 1 or not math.isclose(low * high, 1, rel_tol=1e-6):
+            must = "the clips of batch renorm must be a schedule, or have rmax >= 1, rmin = 1 / rmax and dmax"
+            raise NormValueError(message(must, dict(self.clips or {}), "give the layer a `renorm_schedule`"))
+        return RenormSchedule(high, shift, start=0, r_end=0, d_end=0)
 
 
 @dataclass(frozen=True)

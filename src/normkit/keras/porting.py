@@ -9,42 +9,63 @@ import keras
 import numpy as np
 
 from normkit.core.record import NormRecord
+from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormValueError, message
+from normkit.keras import further
 from normkit.keras import layers as ours
 
-__all__ = ["is_norm", "make", "read", "walk", "write"]
+__all__ = ["assign", "is_norm", "make", "read", "targets", "walk"]
 
-_KINDS = {
-    keras.layers.BatchNormalization: "batch",
-    ours.InstanceNormalization: "instance",
-    keras.layers.GroupNormalization: "group",
-    keras.layers.LayerNormalization: "layer",
-    keras.layers.RMSNormalization: "rms",
+_COMMON = ("axis", "epsilon", "scale", "center")
+_MOVING = ("momentum", "bessel", "debiased", "nonfinite", "virtual_batch_size")
+_RENORM = ("renorm", "renorm_schedule", "renorm_clipping", "renorm_momentum")
+# The class that is read, the one that is made, and its arguments. Instance norm is a group norm, so it comes first.
+_KINDS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+    "batch": (keras.layers.BatchNormalization, ours.BatchNormalization, (*_COMMON, *_MOVING, *_RENORM)),
+    "instance": (ours.InstanceNormalization, ours.InstanceNormalization, _COMMON),
+    "group": (keras.layers.GroupNormalization, ours.GroupNormalization, (*_COMMON, "groups")),
+    "layer": (keras.layers.LayerNormalization, ours.LayerNormalization, _COMMON),
+    "rms": (keras.layers.RMSNormalization, ours.RMSNormalization, ("axis", "epsilon")),
 }
+_ALONE = (further.DynamicTanh, further.EvoNormB0, further.EvoNormS0, further.FilterResponseNormalization)
 _KEPT = {"mean": "moving_mean", "var": "moving_variance"}
+_ROLES = (
+    *_KEPT.items(),
+    ("beta", "beta"),
+    ("mean", "renorm_mean"),
+    ("std", "renorm_stddev"),
+    ("std", "moving_stddev"),
+    ("count", "count"),
+)
 
 
 def walk(model: Any) -> Iterator[tuple[str, Any]]:
-    """Every norm layer that can be read, with its path, once and in the order of the model."""
+    """See `normkit.surgery.protocol.Porting`."""
     seen = set()
     for layer in model._flatten_layers(include_self=True, recursive=True):
-        if id(layer) not in seen and layer.built and read(layer) is not None:
+        if id(layer) not in seen and (is_norm(layer) or isinstance(layer, _ALONE)):
             seen.add(id(layer))
             yield layer.path, layer
 
 
 def is_norm(layer: Any) -> bool:
     """Whether `read` knows this layer, built or not."""
-    return isinstance(layer, tuple(_KINDS))
+    return isinstance(layer, tuple(known for known, *_ in _KINDS.values()))
 
 
 def read(layer: Any) -> NormRecord | None:
-    """The values of a layer, None where it is no norm that we know. Raises NormValueError for one that is not built."""
-    kind = next((name for known, name in _KINDS.items() if isinstance(layer, known)), None)
+    """See `normkit.surgery.protocol.Porting`."""
+    if isinstance(layer, _ALONE):
+        must = f"{layer.name} must have a counterpart in other frameworks to be ported"
+        raise NormValueError(message(must, f"{type(layer).__name__}, which has none"))
+    kind = next((name for name, (known, *_) in _KINDS.items() if isinstance(layer, known)), None)
     if kind is None:
         return None
     if not layer.built:
         raise NormValueError(message(f"{layer.name} must be built", hint="call it, or the model, on an input once"))
+    if getattr(layer, "rms_scaling", False):
+        must = f"{layer.name} must not have `rms_scaling`, which divides by the deviation from a mean that stays"
+        raise NormValueError(message(must, hint="use RMSNormalization"))
     arrays: dict[str, Any] = {
         "gamma": _array(layer.scale if kind == "rms" else layer.gamma if layer.scale else None),
         "beta": _array(layer.beta if getattr(layer, "center", False) else None),
@@ -66,74 +87,48 @@ def read(layer: Any) -> NormRecord | None:
 
 
 def make(record: NormRecord, axis: int) -> Any:
-    """A built layer with these values and channels on `axis`."""
-    options: dict[str, Any] = {"axis": axis, "epsilon": record.eps}
-    if record.gain == "1+w":
-        raise NormValueError(message("a gain of 1 + w must be folded into w for Keras", record.words))
-    if record.kind != "rms":
-        options |= {"scale": record.gamma is not None, "center": record.beta is not None}
-    if record.kind in ("layer", "rms") and len(record.shape) > 1:
-        options["axis"] = list(range(-len(record.shape), 0))
-    makers: dict[str, Any] = {
-        "batch": ours.BatchNormalization,
-        "ghost": ours.GhostBatchNormalization,
-        "renorm": ours.BatchRenormalization,
-        "instance": ours.InstanceNormalization,
-        "group": ours.GroupNormalization,
-        "layer": ours.LayerNormalization,
-        "rms": ours.RMSNormalization,
+    """See `normkit.surgery.protocol.Porting`."""
+    several = len(record.shape) > 1
+    fixed = record.clips is not None and not isinstance(record.clips, RenormSchedule)
+    momentum = None if record.rate is None else 1 - record.rate
+    options = {
+        "axis": list(range(-len(record.shape), 0)) if several else axis,
+        "epsilon": record.eps,
+        "scale": record.gamma is not None,
+        "center": record.beta is not None,
+        "groups": record.groups,
+        "momentum": momentum,
+        "bessel": record.bessel,
+        "debiased": record.debiased,
+        "nonfinite": record.nonfinite,
+        "virtual_batch_size": record.virtual_batch_size,
+        "renorm": record.kind == "renorm",
+        "renorm_schedule": None if fixed else record.clips,
+        "renorm_clipping": record.clips if fixed else None,
+        "renorm_momentum": 0.99 if momentum is None else momentum,
     }
-    if record.kind in ("batch", "ghost", "renorm"):
-        options |= {"momentum": None if record.rate is None else 1 - record.rate, "bessel": record.bessel}
-    if record.kind == "ghost":
-        options["virtual_batch_size"] = record.virtual_batch_size
-    if record.kind == "group":
-        options["groups"] = record.groups
-    made = makers[record.kind](**options)
+    _, maker, arguments = _KINDS["batch" if record.kind in ("ghost", "renorm") else record.kind]
+    made = maker(**{name: options[name] for name in arguments})
     spatial = record.spatial if record.spatial is not None else 1 if record.kind == "instance" else 0
     inner = (None,) * spatial
-    made.build((None, *inner, *record.shape) if axis == -1 or len(record.shape) > 1 else (None, *record.shape, *inner))
+    made.build((None, *inner, *record.shape) if axis == -1 or several else (None, *record.shape, *inner))
     if record.spatial is None and made.input_spec is not None:
         made.input_spec = keras.layers.InputSpec(min_ndim=2, axes=made.input_spec.axes)
-    write(made, record)
     return made
 
 
-def write(layer: Any, record: NormRecord) -> None:
-    """Write parameters and kept statistics into a built layer. Raises NormValueError where they do not fit."""
-    rms = isinstance(layer, keras.layers.RMSNormalization)
-    targets: dict[str, Any] = {
-        "gamma": layer.scale if rms else layer.gamma,
-        "beta": getattr(layer, "beta", None),
-        **{name: getattr(layer, attribute, None) for name, attribute in _KEPT.items()},
-        "std": getattr(layer, "renorm_stddev", None),
-        "renorm_mean": getattr(layer, "renorm_mean", None),
-        "moving_stddev": getattr(layer, "moving_stddev", None),
-        "count": getattr(layer, "count", None),
-    }
-    mean = record.kept.get("mean")
-    values = {
-        "gamma": record.gamma,
-        "beta": record.beta,
-        "mean": mean,
-        "renorm_mean": mean,
-        "var": record.variance(),
-        "std": record.deviation(),
-        "moving_stddev": record.deviation(),
-        "count": record.count,
-    }
-    for name, target in targets.items():
-        value = values[name]
-        if target is None:
-            if name in ("gamma", "beta") and value is not None:
-                raise NormValueError(message(f"{layer.name} must have a {name}, {record.words} has one"))
-            continue
-        if value is None:
-            value = np.full(tuple(target.shape), 0.0 if name in ("beta", "mean", "renorm_mean", "count") else 1.0)
-        if tuple(target.shape) != np.shape(value):
-            got = f"{tuple(target.shape)} and {np.shape(value)}"
-            raise NormValueError(message(f"{name} must have the same shape on both sides", got))
-        target.assign(np.asarray(value))
+def targets(layer: Any) -> Iterator[tuple[str, Any]]:
+    """See `normkit.surgery.protocol.Porting`."""
+    gamma = "scale" if isinstance(layer, keras.layers.RMSNormalization) else "gamma"
+    for role, attribute in (("gamma", gamma), *_ROLES):
+        target = getattr(layer, attribute, None)
+        if target is not None:
+            yield role, target
+
+
+def assign(target: Any, value: np.ndarray) -> None:
+    """See `normkit.surgery.protocol.Porting`."""
+    target.assign(value)
 
 
 def _batch(layer: Any, arrays: dict[str, Any]) -> NormRecord:
@@ -148,11 +143,19 @@ def _batch(layer: Any, arrays: dict[str, Any]) -> NormRecord:
         virtual_batch_size=size,
         rate=None if layer.momentum is None else 1 - layer.momentum,
         bessel=getattr(layer, "bessel", False),
+        debiased=getattr(layer, "debiased", False),
+        nonfinite=getattr(layer, "nonfinite", "skip"),
+        clips=_clips(layer) if layer.renorm else None,
         kept=kept,
         count=None if count is None else int(keras.ops.convert_to_numpy(count.value)),
         spatial=_spatial(layer),
         **arrays,
     )
+
+
+def _clips(layer: Any) -> Any:
+    schedule = getattr(layer, "renorm_schedule", None)
+    return dict(layer.renorm_clipping or {}) if schedule is None else schedule
 
 
 def _ndim(layer: Any) -> int | None:

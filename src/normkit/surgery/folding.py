@@ -209,7 +209,9 @@ class _Plan:
 
     def _constant(self, site: Site, node: Node) -> list[Fold]:
         record = site.record
-        scale, shift = scale_shift(_gamma(record), record.beta, record.kept["mean"], record.variance(), record.eps)
+        scale, shift = scale_shift(
+            record.gamma_for("w"), record.beta, record.kept["mean"], record.variance(), record.eps
+        )
         try:
             changes: tuple[Change, ...] = (self._before(site, node, scale, shift),)
         except _Refused as before:
@@ -239,7 +241,7 @@ class _Plan:
             if not folds:
                 raise _Refused("it has no gamma and beta, and its statistics are those of the input")
             return folds
-        gamma, beta = _gamma(record), record.beta
+        gamma, beta = record.gamma_for("w"), record.beta
         for role in ("gamma", "beta"):
             path = f"{site.path}.{site.names[role]}" if role in site.names else ""
             if path and len(self.subject.graph.readers(path)) > 1:
@@ -369,10 +371,6 @@ class _Plan:
         if isinstance(padding, str):
             return padding == "valid" or (padding == "same" and all(n == 1 for n in kernel))
         return not np.any(padding)
-
-
-def _gamma(record: NormRecord) -> np.ndarray | None:
-    return record.gamma if record.gamma is None or record.gain == "w" else record.gamma + 1
 
 
 def _axis(node: Node) -> int:

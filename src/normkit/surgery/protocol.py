@@ -19,16 +19,22 @@ class Porting(Protocol):
     """The module `normkit.<framework>.porting`."""
 
     def walk(self, model: Any) -> Iterator[tuple[str, Any]]:
-        """Every norm layer that can be read, with its path, once."""
+        """Every norm layer, with its path, once; also those that `read` refuses."""
 
     def read(self, layer: Any) -> NormRecord | None:
-        """The values of a layer, None where it is no norm that we know."""
+        """The values of a layer, None where it is no norm that we know.
+
+        Raises NormValueError for one that is not built yet, or that computes what no record can say.
+        """
 
     def make(self, record: NormRecord, axis: int) -> Any:
-        """A layer with these values and channels on `axis`."""
+        """A layer like this, with first values and channels on `axis`. Raises NormValueError where there is none."""
 
-    def write(self, layer: Any, record: NormRecord) -> None:
-        """Write parameters and kept statistics into a layer that has them."""
+    def targets(self, layer: Any) -> Iterator[tuple[str, Any]]:
+        """What its values are written to, each with its role: `gamma`, `beta`, `mean`, `var`, `std` or `count`."""
+
+    def assign(self, target: Any, value: Any) -> None:
+        """Write a value to one of them."""
 
 
 Decide = Callable[[int, Callable[[], Pooled]], Pooled]

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.torch import factory, layers
+from normkit.torch.graph import computes_as_named
 
-__all__ = ["NAMES", "is_norm", "make", "read", "walk", "write"]
+__all__ = ["NAMES", "assign", "is_norm", "make", "read", "targets", "walk"]
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -32,14 +33,19 @@ def is_norm(layer: Any) -> bool:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every norm layer that can be read, with its path, once."""
+    """See `normkit.surgery.protocol.Porting`."""
     for path, module in model.named_modules():
-        if read(module) is not None:
+        if is_norm(module):
             yield path, module
 
 
 def read(layer: Any) -> NormRecord | None:
-    """The values of a layer, None where it is no norm that we know."""
+    """See `normkit.surgery.protocol.Porting`."""
+    if is_norm(layer) and isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        raise NormValueError(message(f"{type(layer).__name__} must be built", hint="call the model on an input once"))
+    if is_norm(layer) and not computes_as_named(layer):
+        must = f"{type(layer).__name__} must compute as the class of torch.nn that it derives from"
+        raise NormValueError(message(must, "a forward of its own"))
     batch = isinstance(layer, nn.modules.batchnorm._BatchNorm)
     instance = isinstance(layer, nn.modules.instancenorm._InstanceNorm)
     renorm = isinstance(layer, layers._BatchRenorm)
@@ -53,6 +59,8 @@ def read(layer: Any) -> NormRecord | None:
             virtual_batch_size=layer.virtual_batch_size if ghost else None,
             rate=layer.momentum,
             bessel=getattr(layer, "bessel", True),
+            nonfinite=getattr(layer, "nonfinite", "skip"),
+            clips=layer.schedule if renorm else None,
             spatial=_spatial(layer),
             **_arrays(layer),
         )
@@ -69,53 +77,37 @@ def read(layer: Any) -> NormRecord | None:
             axis=1 if first else -1,
             eps=eps,
             gain=getattr(layer, "gain", "w"),
+            cast=getattr(layer, "cast", "gemma"),
             **_arrays(layer),
         )
     return None
 
 
 def make(record: NormRecord, axis: int) -> nn.Module:
-    """A layer with these values, in evaluation mode or training mode alike; channels on `axis`."""
-    kind, shape = record.kind, record.shape
-    if kind in ("layer", "rms"):
-        made = _over_features(record, axis)
-    elif kind == "group" and axis == 1:
-        assert record.groups is not None
-        made = layers.GroupNorm(record.groups, shape[0], eps=record.eps, affine=record.gamma is not None)
-    elif kind == "group":
+    """See `normkit.surgery.protocol.Porting`."""
+    if record.kind in ("layer", "rms"):
+        return _over_features(record, axis)
+    if record.kind != "group":
+        return _over_samples(record, axis)
+    if axis != 1:
         must = "group norm in PyTorch must have its channels on axis 1"
         raise NormValueError(message(must, f"axis {axis}", "axis=1"))
-    else:
-        made = _over_samples(record, axis)
-    write(made, record)
-    return made
+    assert record.groups is not None
+    return layers.GroupNorm(record.groups, record.shape[0], eps=record.eps, **_affine(record))
 
 
-def write(layer: Any, record: NormRecord) -> None:
-    """Write parameters and kept statistics into a layer that has them. Raises NormValueError where they do not fit."""
-    found: dict[str, Any] = {"gamma": record.gamma, "beta": record.beta, **record.kept}
-    if getattr(layer, "running_std", None) is not None:
-        found["std"] = record.deviation()
-    elif getattr(layer, "running_var", None) is not None:
-        found["var"] = record.variance()
+def targets(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """See `normkit.surgery.protocol.Porting`."""
+    for role, attribute in (*NAMES.items(), ("count", "num_batches_tracked")):
+        target = getattr(layer, attribute, None)
+        if target is not None:
+            yield role, target
+
+
+def assign(target: Tensor, value: np.ndarray) -> None:
+    """See `normkit.surgery.protocol.Porting`."""
     with torch.no_grad():
-        for name, attribute in NAMES.items():
-            target, value = getattr(layer, attribute, None), found.get(name)
-            if target is None:
-                if name in ("gamma", "beta") and value is not None:
-                    must = f"the layer that is written to must have a {attribute}, {record.words} has one"
-                    raise NormValueError(message(must))
-                continue
-            if value is None:
-                value = np.full(target.shape, 0.0 if name in ("beta", "mean") else 1.0)
-                if name == "gamma" and getattr(layer, "gain", "w") == "1+w":
-                    value = np.zeros(target.shape)
-            if tuple(target.shape) != np.shape(value):
-                got = f"{tuple(target.shape)} and {np.shape(value)}"
-                raise NormValueError(message(f"{attribute} must have the same shape on both sides", got))
-            target.copy_(torch.as_tensor(np.asarray(value)))
-        if record.count is not None and getattr(layer, "num_batches_tracked", None) is not None:
-            layer.num_batches_tracked.fill_(record.count)
+        target.copy_(torch.as_tensor(value))
 
 
 def _over_samples(record: NormRecord, axis: int) -> nn.Module:
@@ -123,10 +115,13 @@ def _over_samples(record: NormRecord, axis: int) -> nn.Module:
     names = {"batch": "BatchNorm", "ghost": "GhostBatchNorm", "renorm": "BatchRenorm", "instance": "InstanceNorm"}
     name = names[record.kind]
     kind = factory.ANYWHERE[name] if anywhere else getattr(layers, f"{name}{record.spatial}d")
-    options: dict[str, Any] = {"eps": record.eps, "affine": record.gamma is not None or record.beta is not None}
-    if record.rate is not None or record.kind != "instance":
+    options: dict[str, Any] = {"eps": record.eps, "nonfinite": record.nonfinite, **_affine(record)}
+    if record.kept or record.rate is not None:
         options["momentum"] = record.rate
-    if record.kind != "renorm":
+    if record.kind == "renorm":
+        del options["bias"]
+        options["schedule"] = record.schedule()
+    else:
         options |= {"track_running_stats": bool(record.kept), "bessel": record.bessel}
     if record.kind == "ghost":
         options["virtual_batch_size"] = record.virtual_batch_size
@@ -137,15 +132,24 @@ def _over_samples(record: NormRecord, axis: int) -> nn.Module:
 
 
 def _over_features(record: NormRecord, axis: int) -> nn.Module:
-    options: dict[str, Any] = {"eps": record.eps, "elementwise_affine": record.gamma is not None}
-    if axis == 1:
-        if len(record.shape) > 1:
-            must = "a norm over several axes must have them last"
-            raise NormValueError(message(must, f"axis {axis} and {record.words}", "axis=-1"))
-        return (layers.LayerNorm2d if record.kind == "layer" else layers.RMSNorm2d)(record.shape[0], **options)
+    if axis == 1 and len(record.shape) > 1:
+        must = "a norm over several axes must have them last"
+        raise NormValueError(message(must, f"axis {axis} and {record.words}", "axis=-1"))
+    affine = _affine(record)
+    options: dict[str, Any] = {"eps": record.eps, "elementwise_affine": affine["affine"]}
     if record.kind == "layer":
-        return layers.LayerNorm(record.shape, bias=record.beta is not None, **options)
-    return layers.RMSNorm(record.shape, gain=record.gain, **options)
+        options["bias"] = affine["bias"]
+    else:
+        options |= {"gain": record.gain, "cast": record.cast}
+    name = "LayerNorm" if record.kind == "layer" else "RMSNorm"
+    if axis == 1:
+        return getattr(layers, f"{name}2d")(record.shape[0], **options)
+    return getattr(layers, name)(record.shape, **options)
+
+
+def _affine(record: NormRecord) -> dict[str, Any]:
+    # No layer has a bias alone; gamma is 1 then.
+    return {"affine": record.gamma is not None or record.beta is not None, "bias": record.beta is not None}
 
 
 def _spatial(layer: nn.Module) -> int | None:
@@ -159,7 +163,10 @@ def _arrays(layer: nn.Module) -> dict[str, Any]:
         return None if value is None else value.detach().double().cpu().numpy().copy()
 
     count = getattr(layer, "num_batches_tracked", None)
-    kept = {name: array(name) for name in ("mean", "var", "std")}
+    # Tracking may be switched off later. Only PyTorch's own batch norm then still evaluates by what it has.
+    heeds = isinstance(layer, nn.modules.instancenorm._InstanceNorm | layers._Tracking)
+    stale = heeds and not layer.track_running_stats
+    kept = {} if stale else {name: array(name) for name in ("mean", "var", "std")}
     return {
         "gamma": array("gamma"),
         "beta": array("beta"),

@@ -8,8 +8,11 @@ from keras import ops
 from trained_layers import LAYERS, named, trained
 
 import normkit
-import normkit.keras
+import normkit.keras as ours
+import normkit.torch
+from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormError
+from normkit.keras.porting import read
 
 
 def moved(x, layer):
@@ -38,7 +41,7 @@ def test_axis_one_stays_where_it_is_asked_for():
 
 def test_plain_layers_of_keras_receive_the_values():
     layer, shape = trained(torch.nn.BatchNorm2d(6, eps=1e-3), (8, 6, 3, 3)), (8, 3, 3, 6)
-    model = keras.Sequential([keras.Input(shape[1:]), keras.layers.BatchNormalization(epsilon=1e-3)])
+    model = keras.Sequential([keras.Input(shape[1:]), keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-3)])
     normkit.port(torch.nn.Sequential(layer), to=model)
     x = np.random.default_rng(0).normal(size=shape).astype("float32")
     expected = layer(torch.from_numpy(np.moveaxis(x, -1, 1))).detach().numpy()
@@ -47,9 +50,145 @@ def test_plain_layers_of_keras_receive_the_values():
         normkit.port(torch.nn.Sequential(trained(torch.nn.BatchNorm2d(6), (8, 6, 3, 3))), to=model)
 
 
-def test_a_layer_that_is_not_built_is_refused():
-    with pytest.raises(NormError, match="must be built"):
-        normkit.port(keras.layers.BatchNormalization(), to="torch")
+def test_layers_that_are_not_built_are_refused():
+    for model in (keras.layers.BatchNormalization(), keras.Sequential([keras.layers.BatchNormalization()])):
+        with pytest.raises(NormError, match="must be built"):
+            normkit.port(model, to="torch")
+
+
+@pytest.mark.parametrize("kind", [ours.EvoNormB0, ours.EvoNormS0, ours.FilterResponseNormalization, ours.DynamicTanh])
+def test_a_norm_without_counterpart_is_named(kind):
+    model = keras.Sequential([keras.Input((4, 32)), keras.layers.BatchNormalization(), kind(name="alone")])
+    with pytest.raises(NormError, match=f"alone must have a counterpart.*got {kind.__name__}"):
+        normkit.port(model, to="torch")
+
+
+class Twins(keras.Model):
+    """Keras gives both layers one path."""
+
+    def __init__(self):
+        super().__init__(name="twins")
+        self.first, self.second = (keras.layers.BatchNormalization(name="bn") for _ in range(2))
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def test_layers_of_one_path_are_refused_in_a_dictionary_and_received_in_their_order():
+    model, receiver = Twins(), torch.nn.Sequential(*(torch.nn.BatchNorm1d(3, 1e-3, 0.01) for _ in range(2)))
+    model(np.ones((2, 3), "float32"))
+    with pytest.raises(NormError, match=r"several at twins/bn.*different names"):
+        normkit.port(model, to="torch")
+    model.second.beta.assign([1.0, 2.0, 3.0])
+    normkit.port(model, to=receiver)
+    np.testing.assert_array_equal(receiver[1].bias.detach(), [1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (torch.nn.BatchNorm1d(3, track_running_stats=False), "must keep statistics to be ported"),
+        (torch.nn.InstanceNorm1d(3, track_running_stats=True), "must not keep statistics to be ported"),
+    ],
+    ids=named,
+)
+def test_what_keras_has_no_place_for(layer, said):
+    with pytest.raises(NormError, match=said):
+        normkit.port(layer, to="keras")
+
+
+def built(layer, shape):
+    """The layer with gamma and beta that are not their first values, as far as it has them."""
+    layer.build(shape)
+    for weight in layer.trainable_weights:
+        weight.assign(np.linspace(0.5, 1.5, weight.shape[0]))
+    return layer
+
+
+@pytest.mark.parametrize("options", [{"scale": False}, {"center": False}, {"scale": False, "center": False}])
+@pytest.mark.parametrize(("kind", "first"), [("GroupNormalization", (2,)), ("LayerNormalization", ())])
+def test_layers_without_gamma_or_beta(kind, first, options):
+    layer = built(getattr(keras.layers, kind)(*first, **options), (2, 4))
+    x = np.random.default_rng(0).normal(2, 3, (2, 4)).astype("float32")
+    there = normkit.port(layer, to="torch")(torch.from_numpy(x)).detach()
+    np.testing.assert_allclose(there, ops.convert_to_numpy(layer(x)), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gain_of_gemma_is_translated():
+    layer = normkit.torch.RMSNorm(6, eps=1e-6, gain="1+w")
+    torch.nn.init.uniform_(layer.weight, -0.5, 0.5)
+    x = 3 * torch.randn(4, 6)
+    there = normkit.port(layer, to="keras")
+    np.testing.assert_allclose(ops.convert_to_numpy(there(x.numpy())), layer(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*rms_scaling")
+def test_rms_scaling_is_refused():
+    try:
+        layer = built(keras.layers.LayerNormalization(rms_scaling=True), (2, 4))
+    except (TypeError, ValueError):
+        pytest.skip("this Keras has no rms_scaling")
+    with pytest.raises(NormError, match="must not have `rms_scaling`"):
+        normkit.port(layer, to="torch")
+
+
+def test_a_kept_deviation_stays_one():
+    layer = normkit.torch.BatchRenorm1d(2, eps=1e-3)
+    layer.running_std.fill_(0.01)
+    there = normkit.port(layer, to="keras")
+    np.testing.assert_array_equal(ops.convert_to_numpy(there.moving_variance.value), 0.0)
+    for kept in (there.moving_stddev, there.renorm_stddev):
+        np.testing.assert_array_equal(ops.convert_to_numpy(kept.value), np.float32(0.01))
+
+
+CLIPPED = {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("layer", "to"),
+    [
+        (ours.BatchNormalization(debiased=True, nonfinite="update", bessel=True), ("keras", "nnx")),
+        (ours.GhostBatchNormalization(virtual_batch_size=4, momentum=0.9), ("keras", "nnx", "torch")),
+        (ours.BatchNormalization(momentum=None), ("keras", "nnx", "torch")),
+        (ours.BatchRenormalization(renorm_schedule=RenormSchedule.for_steps(100)), ("keras", "nnx", "torch")),
+        (keras.layers.BatchNormalization(renorm=True, renorm_clipping=CLIPPED), ("keras",)),
+        (keras.layers.BatchNormalization(renorm=True), ("keras",)),
+        (ours.GroupNormalization(2), ("nnx",)),  # Keras' own is off by 1e-5: E[x^2] - E[x]^2
+        (keras.layers.LayerNormalization(), ("nnx",)),
+        (keras.layers.RMSNormalization(), ("nnx",)),
+    ],
+    ids=named,
+)
+def test_through_another_framework_and_back(layer, to):
+    if "nnx" in to:
+        pytest.importorskip("flax")
+    x = np.random.default_rng(0).normal(2, 3, (8, 4)).astype("float32")
+    built(layer, x.shape)
+    learns = isinstance(layer, keras.layers.BatchNormalization)
+    if learns:
+        layer(x, training=True)
+    expected, mine = ops.convert_to_numpy(layer(x)), read(layer)
+    for framework in to:
+        there = normkit.port(layer, to=framework)
+        if framework != "keras" and learns:
+            there.eval()
+        if framework == "nnx":
+            np.testing.assert_allclose(there(x), expected, rtol=1e-5, atol=1e-5)
+        back = normkit.port(there, to="keras")
+        np.testing.assert_allclose(ops.convert_to_numpy(back(x)), expected, rtol=1e-5, atol=1e-5)
+        again = read(back)
+        assert again.rate == pytest.approx(mine.rate) if mine.rate else again.rate is None
+        for name in ("kind", "shape", "groups", "virtual_batch_size", "debiased", "nonfinite", "clips", "count"):
+            assert getattr(again, name) == getattr(mine, name), (framework, name)
+
+
+def test_clips_of_keras_elsewhere():
+    clipped, free = (keras.layers.BatchNormalization(renorm=True, renorm_clipping=clips) for clips in (CLIPPED, None))
+    for layer in (clipped, free):
+        layer.build((None, 3))
+    assert normkit.port(clipped, to="torch").clips() == (3.0, 5.0)
+    with pytest.raises(NormError, match="must be a schedule, or have"):
+        normkit.port(free, to="torch")
 
 
 def network():
@@ -60,7 +199,7 @@ def network():
             keras.layers.BatchNormalization(),
             keras.layers.Dropout(0.5),
             keras.layers.Dense(3),
-            normkit.keras.BatchNormalization(bessel=True),
+            ours.BatchNormalization(bessel=True),
         ]
     )
 
