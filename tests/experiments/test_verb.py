@@ -1,4 +1,5 @@
 import json
+import pickle
 import subprocess
 import sys
 
@@ -59,8 +60,16 @@ def test_result_in_words(finished):
     assert max(map(len, lines[:5])) <= 120
 
 
-def test_pyplot_is_not_loaded(finished):
-    assert "matplotlib.pyplot" not in sys.modules
+def test_pyplot_is_not_loaded(finished, tmp_path):
+    """In a process of its own, as other packages load it (Keras)."""
+    (tmp_path / "comparison").write_bytes(pickle.dumps(finished[0]))
+    code = """
+import pickle, sys
+from pathlib import Path
+pickle.loads(Path("comparison").read_bytes()).save("report")
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def test_saved_again_elsewhere_it_is_the_same(finished, tmp_path):

@@ -13,7 +13,7 @@ from normkit.errors import NormTypeError, NormValueError, message
 from normkit.frameworks import framework_of
 from normkit.surgery.protocol import Porting, porting
 
-__all__ = ["port"]
+__all__ = ["port", "write"]
 
 
 def port(model: Any, to: Any, *, axis: int | None = None) -> Any:
@@ -96,7 +96,7 @@ def _made(target: Porting, record: NormRecord, axis: int) -> Any:
     if bool(made.kept) != bool(record.kept):
         must = f"{record.words} must {'keep' if made.kept else 'not keep'} statistics to be ported to this framework"
         raise NormValueError(message(must, "evaluation by those of its input" if made.kept else "kept ones"))
-    _write(target, layer, made.gain, record)
+    write(target, layer, record)
     return layer
 
 
@@ -108,8 +108,8 @@ def _into(source: Porting, model: Any, receiver: Any) -> Any:
         raise NormValueError(message(must, f"{len(given)} and {len(wanted)}"))
     for (path, _, mine), (other, _, theirs) in zip(given, wanted, strict=True):
         _check_alike(path, mine, other, theirs)
-    for (_, _, mine), (_, layer, theirs) in zip(given, wanted, strict=True):
-        _write(target, layer, theirs.gain, mine)
+    for (_, _, mine), (_, layer, _) in zip(given, wanted, strict=True):
+        write(target, layer, mine)
     return receiver
 
 
@@ -142,8 +142,11 @@ def _averaging(record: NormRecord) -> str:
     return f"{rate}, debiased" if record.debiased else rate
 
 
-def _write(side: Porting, layer: Any, gain: str, record: NormRecord) -> None:
+def write(side: Porting, layer: Any, record: NormRecord) -> None:
     """Write parameters and kept statistics into a layer; what it has and the record has not becomes neutral."""
+    own = side.read(layer)
+    assert own is not None
+    gain = own.gain
     neutral = {"gamma": float(gain == "w"), "beta": 0.0}
     values = {
         "gamma": record.gamma_for(gain),

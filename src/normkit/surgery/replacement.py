@@ -12,6 +12,7 @@ from normkit.core.algebra import usual_groups
 from normkit.core.catalog import find
 from normkit.core.constraints import Constraint, Flag, Integer, Optional, check
 from normkit.core.record import NormRecord
+from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.frameworks import framework_of
 from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
@@ -202,9 +203,7 @@ def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: in
     if kind == "instance" and ndim == 2:
         raise NormValueError(message("instance norm needs axes besides batch and channels", "inputs (N, C)"))
     gain = record.gain if kind == "rms" else "w"
-    gamma = record.gamma
-    if gamma is not None and record.gain != gain:
-        gamma = gamma + 1
+    gamma = record.gamma_for(gain)
     beta = None if kind == "rms" else record.beta
     if record.kind == "rms" and kind != "rms" and gamma is not None:
         beta = np.zeros(record.shape)
@@ -229,6 +228,7 @@ def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: in
         groups=groups if kind == "group" else None,
         virtual_batch_size=(record.virtual_batch_size or _VIRTUAL_BATCH_SIZE) if kind == "ghost" else None,
         rate=record.rate if record.kept else _RATE,
+        clips=(record.clips or RenormSchedule()) if kind == "renorm" else None,
         gain=gain,
         gamma=gamma,
         beta=beta,

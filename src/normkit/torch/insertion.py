@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from normkit.core.algebra import Pooled, unbiased
 from normkit.errors import NormTypeError, NormValueError, message
+from normkit.surgery.conversion import write
 from normkit.surgery.insertion import Place
 from normkit.surgery.plan import Edit
+from normkit.torch import porting
 from normkit.torch.factory import norm_layer
 from normkit.torch.graph import capture, computes_as_named
-from normkit.torch.porting import read, write
 from normkit.torch.probe import as_tensors, forward, untouched
 from normkit.torch.sites import sites
 from normkit.torch.surgery import (
@@ -128,7 +129,7 @@ class _Opened:
             norm = norm_layer(self._norm, channels, spatial)
         if not isinstance(norm, nn.Module):
             raise NormTypeError(message("`norm` must give a torch.nn.Module", type(norm).__name__))
-        record = read(norm)
+        record = porting.read(norm)
         if record is not None and record.kind == "instance" and np.prod(place.shape[2:]) == 1:
             raise NormValueError("instance norm has a single value to normalize there")
         self._made[place] = norm
@@ -180,14 +181,14 @@ def _calibrate(model: nn.Module, norms: Sequence[nn.Module], example: Any) -> No
     seen: dict[nn.Module, Pooled] = {}
 
     def pass_on(norm: nn.Module, given: tuple[Tensor, ...], _: Any) -> Tensor:
-        record = read(norm)
+        record = porting.read(norm)
         assert record is not None
         x = given[0].detach().double().movedim(record.axis, -1).flatten(0, -2)
         seen[norm] = Pooled(len(x), x.mean(0).cpu().numpy(), x.var(0, correction=0).cpu().numpy())
         return given[0]
 
     for norm in norms:
-        record = read(norm)
+        record = porting.read(norm)
         if record is None or not record.kept or record.gamma is None or record.beta is None:
             must = '`init="identity"` needs norms with kept statistics, gamma and beta'
             raise NormValueError(message(must, type(norm).__name__, "batch, ghost or renorm"))
@@ -196,12 +197,12 @@ def _calibrate(model: nn.Module, norms: Sequence[nn.Module], example: Any) -> No
             stack.callback(norm.register_forward_hook(pass_on).remove)
         forward(model.eval(), as_tensors(example, model))
     for norm, found in seen.items():
-        record = read(norm)
+        record = porting.read(norm)
         assert record is not None
         var = unbiased(found.var, found.count) if record.bessel and found.count > 1 else found.var
         std = np.sqrt(var + record.eps)
         kept = {"mean": found.mean} | ({"std": std} if "std" in record.kept else {"var": var})
-        write(norm, dataclasses.replace(record, gamma=std, beta=found.mean, kept=kept))
+        write(porting, norm, dataclasses.replace(record, gamma=std, beta=found.mean, kept=kept))
 
 
 def _move_bias(changes: Transaction, model: nn.Module, place: Place, norm: nn.Module) -> None:
@@ -209,8 +210,8 @@ def _move_bias(changes: Transaction, model: nn.Module, place: Place, norm: nn.Mo
     assert place.bias is not None
     owner, name = split(model, place.bias)
     bias = getattr(owner, name).detach().double().cpu().numpy()
-    record = read(norm)
+    record = porting.read(norm)
     assert record is not None
     changes.set(place.bias, None)
     if record.kept:
-        write(norm, dataclasses.replace(record, kept={**record.kept, "mean": record.kept["mean"] - bias}))
+        write(porting, norm, dataclasses.replace(record, kept={**record.kept, "mean": record.kept["mean"] - bias}))

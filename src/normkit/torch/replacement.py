@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, NormValueError, message
+from normkit.surgery.conversion import write
 from normkit.surgery.sites import Site
 from normkit.torch import layers, porting
 from normkit.torch.insertion import take_out
@@ -78,7 +79,7 @@ class _Opened:
     def make(self, path: str, record: NormRecord) -> str:
         made = porting.make(record, record.axis)
         name = self.take(path, made)
-        porting.write(made, record)  # again, since it was made in float32
+        write(porting, made, record)  # only now, in the type of the model
         return name
 
     def take(self, path: str, layer: Any) -> str:

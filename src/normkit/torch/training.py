@@ -15,12 +15,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
+from normkit.surgery.conversion import write
 from normkit.surgery.insertion import insert
 from normkit.surgery.replacement import remove, replace, turned
-from normkit.torch import objectives
+from normkit.torch import objectives, porting
 from normkit.torch.factory import norm_factory
 from normkit.torch.models import build, weighted_layers
-from normkit.torch.porting import read, write
 from normkit.torch.probe import as_tensors, check_sized, forward, probe, untouched
 from normkit.torch.sites import sites
 
@@ -243,10 +243,10 @@ def _normalized(network: nn.Module, name: str, setup: Setup) -> nn.Module:
 def _in_place_of(record: NormRecord, norm: Callable[..., nn.Module]) -> nn.Module:
     """A layer of a variant that starts with the gamma and beta of another, which may have reasons for them."""
     layer = norm(record.shape[0], axis=record.axis)
-    own = read(layer)
+    own = porting.read(layer)
     assert own is not None
     values = turned(record, own.kind)
-    write(layer, dataclasses.replace(own, gamma=values.gamma, beta=values.beta))
+    write(porting, layer, dataclasses.replace(own, gamma=values.gamma, beta=values.beta))
     return layer
 
 
