@@ -8,17 +8,16 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from normkit.core.algebra import scale_shift
+from normkit.core.algebra import fold_after, fold_before, scale_shift
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, message
-from normkit.frameworks import framework_of
+from normkit.frameworks import framework_of, part
 from normkit.surgery.graph import Graph, Node
 from normkit.surgery.plan import Edit, Report
 from normkit.surgery.sites import Site
 
-__all__ = ["Change", "Fold", "Opened", "fold", "planned"]
+__all__ = ["Change", "Fold", "Opened", "fold", "planned", "relative"]
 
-_NO_OPTIMIZER = "an optimizer made before holds the old parameters: give it as `optimizer`"
 # `addmm` is a linear map with its weight as (inputs, outputs).
 _LINEAR = frozenset(("linear", "addmm", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
 # Functions that only move values: each value of the outputs is one of the input.
@@ -42,6 +41,12 @@ class Change(NamedTuple):
     groups: int  # that share the axis
     scale: np.ndarray
     shift: np.ndarray
+
+    def applied(self, weight: np.ndarray, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Weight and bias after it, in float64; the bias is None where there was none and none is needed."""
+        rule = fold_after if self.side == "output" else fold_before
+        new, shifted = rule(weight, bias, self.scale, self.shift, axis=self.axis, groups=self.groups)
+        return new, None if bias is None and not np.any(shifted) else shifted
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,16 @@ class Opened(Protocol):
 
     graph: Graph
     sites: tuple[Site, ...]
+    without_optimizer: str  # what is to be said of optimizers where none is given
+
+    def check(self, inplace: bool, optimizer: Any) -> None:
+        """Raise where the framework cannot do that."""
 
     def run(self, node: Node, values: Mapping[int, Any]) -> Any:
         """Apply the function of a node to other values; None where it cannot be run."""
 
     def shape(self, state: str) -> tuple[int, ...]:
-        """Of a parameter or buffer."""
+        """Of a parameter or buffer; of a kernel as (outputs, inputs of a group, *window), transposed (inputs, ...)."""
 
     def bias_beside(self, weight: str) -> str | None:
         """Path of the bias that belongs to a weight, existing or not; None where there is no place for one."""
@@ -146,19 +155,20 @@ def fold(
         )
     """
     framework = framework_of(model)
-    if framework != "torch":
-        must = "`model` must be a torch.nn.Module"
+    if framework == "nnx":
+        must = (
+            "`model` must be one whose calls can be seen, a torch.nn.Module or a Sequential or Functional Keras model"
+        )
         raise NormTypeError(message(must, f"a model of {framework}"))
-    from normkit.torch.folding import opened
-
-    subject = opened(model, example)
+    subject: Opened = part(framework, "folding").opened(model, example)
+    subject.check(inplace, optimizer)
     found = planned(subject)
     folds = [one for one in found if isinstance(one, Fold)]
     rejected = subject.settle(folds)
     accepted = [one for number, one in enumerate(folds) if number not in rejected]
     reasons = {id(folds[number]): reason for number, reason in rejected.items()}
     edits = [_edit(one, reasons) for one in found]
-    notes = () if optimizer is not None else (_NO_OPTIMIZER,)
+    notes = () if optimizer is not None else (subject.without_optimizer,)
     report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), notes)
     if dry_run:
         return report
@@ -179,6 +189,20 @@ def planned(subject: Opened) -> list[Fold | Edit]:
     for site in sorted(subject.sites, key=lambda site: order.get(site.path, len(order))):
         plan.add(site)
     return plan.found
+
+
+def relative(before: np.ndarray, after: np.ndarray) -> float:
+    """Largest difference over the largest value, of float64. What is not finite must stay the same."""
+    if before.shape != after.shape:
+        return float("inf")
+    same = (before == after) | (np.isnan(before) & np.isnan(after))
+    if same.all():
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        difference = np.where(same, 0.0, np.abs(before - after)).max()
+    largest = np.where(np.isfinite(before), np.abs(before), 0.0).max()
+    change = float(difference / largest) if largest else float("inf")
+    return change if change == change else float("inf")
 
 
 class _Refused(Exception):  # noqa: N818  # the reason why a norm stays
@@ -380,7 +404,9 @@ def _gamma(record: NormRecord) -> np.ndarray | None:
 
 def _axis(node: Node) -> int:
     """Of the channels, counted from the end: a convolution may come without a batch axis."""
-    return -1 if node.op in ("linear", "addmm") else -1 - int(node.op[-2])
+    if node.op in ("linear", "addmm"):
+        return -1
+    return int(node.options.get("axis", -1 - int(node.op[-2])))
 
 
 def _own_axes(record: NormRecord, ndim: int) -> tuple[int, ...]:

@@ -11,8 +11,9 @@ from normkit.tables import Table
 
 __all__ = ["Graph", "How", "Node"]
 
-# How a graph was read: from the traced program (two tracers), or from the order of layers in plain sequences alone.
-How = Literal["dynamo", "export", "modules"]
+# How a graph was read: from the traced program (two tracers), from the calls that a model keeps (Keras), or from the
+# order of layers in plain sequences alone.
+How = Literal["dynamo", "export", "functional", "modules"]
 _HEADINGS = ("id", "function", "called in", "inputs", "shape")
 
 

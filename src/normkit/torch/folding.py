@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normkit.core.algebra import fold_after, fold_before
 from normkit.errors import NormTypeError, message
-from normkit.surgery.folding import Change, Fold
+from normkit.surgery.folding import Change, Fold, relative
 from normkit.surgery.graph import Node
 from normkit.torch.graph import capture
 from normkit.torch.probe import as_tensors, check_sized, forward, untouched
@@ -48,6 +47,8 @@ def opened(model: nn.Module, example: Any) -> _Opened:
 class _Opened:
     """See `normkit.surgery.folding.Opened`."""
 
+    without_optimizer = "an optimizer made before holds the old parameters: give it as `optimizer`"
+
     def __init__(self, model: nn.Module, example: Any) -> None:
         self._model, self._example = model, example
         self.sites = tuple(sites(model))
@@ -55,6 +56,9 @@ class _Opened:
         self._flow = capture(model, as_tensors(example, model), lambda module: id(module) in norms)
         self.graph = self._flow.graph
         self._modules = dict(model.named_modules(remove_duplicate=False))
+
+    def check(self, inplace: bool, optimizer: Any) -> None:
+        """PyTorch can do both."""
 
     def run(self, node: Node, values: Mapping[int, Any]) -> Any:
         if node.id not in self._flow.functions:
@@ -113,7 +117,7 @@ class _Opened:
             after = _outputs(result, as_tensors(self._example, result))
             if optimizer is not None:
                 carry(optimizer, old, dict(result.named_parameters()))
-        return result, max((_relative(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+        return result, max((relative(_array(a), _array(b)) for a, b in zip(before, after, strict=True)), default=0.0)
 
     def _holders(self, path: str) -> set[str]:
         """A layer, by all its paths, and all that it lies in, but the model."""
@@ -143,7 +147,7 @@ class _Trial:
         except Exception as error:
             return f"folded, the model fails: {type(error).__name__}"
         pairs = zip(itertools.chain(*self._before), itertools.chain(*after), strict=True)
-        worst = max((_relative(a, b) for a, b in pairs), default=0.0)
+        worst = max((relative(_array(a), _array(b)) for a, b in pairs), default=0.0)
         return None if worst <= self._close else f"folded, the outputs change by {worst:.1e} of the largest"
 
     def _run(self, example: Any) -> bool:
@@ -205,20 +209,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from _tensors([getattr(output, name) for name in output.__dataclass_fields__])
 
 
-def _relative(before: Tensor, after: Tensor) -> float:
-    """Largest difference over the largest value. What is not finite must stay the same."""
-    if before.shape != after.shape:
-        return float("inf")
-    a, b = before.double(), after.double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    if same.all():
-        return 0.0
-    difference = torch.where(same, 0.0, (a - b).abs()).max().item()
-    largest = torch.where(a.isfinite(), a.abs(), 0.0).max().item()
-    relative = difference / largest if largest else float("inf")
-    return relative if relative == relative else float("inf")
-
-
 def _apply(changes: Transaction, model: nn.Module, fold: Fold) -> None:
     for change in fold.changes:
         _change(changes, model, change)
@@ -249,13 +239,11 @@ def _change(changes: Transaction, model: nn.Module, change: Change) -> None:
     owner, name = split(model, change.weight)
     weight = getattr(owner, name)
     bias = None if change.bias is None else getattr(*split(model, change.bias))
-    rule = fold_after if change.side == "output" else fold_before
-    old = None if bias is None else _array(bias)
-    new, shifted = rule(_array(weight), old, change.scale, change.shift, axis=change.axis, groups=change.groups)
+    new, shifted = change.applied(_array(weight), None if bias is None else _array(bias))
     changes.write(change.weight, new)
     if bias is not None and change.bias is not None:
         changes.write(change.bias, shifted)
-    elif shifted is not None and np.any(shifted):
+    elif shifted is not None:
         assert change.bias is not None
         changes.set(change.bias, shifted, like=weight)
 
