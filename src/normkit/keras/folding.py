@@ -106,6 +106,8 @@ class _Opened:
         made: dict[int, Any] = {}
 
         def twin(layer: Any) -> Any:
+            if functional(layer) is not None:
+                return clone(layer)
             config, path = layer.get_config(), paths.get(id(layer))
             if dtype is not None and isinstance(layer, keras.layers.Layer) and "dtype" in config:
                 config["dtype"] = dtype
@@ -117,14 +119,20 @@ class _Opened:
                 config["use_bias"] = values[f"{path}.bias"] is not None
             return type(layer).from_config(config)
 
+        def clone(model: Any) -> Any:
+            options: dict[str, Any] = {"clone_function": twin, "cache": made}
+            if not isinstance(model, keras.Sequential):
+                options["call_function"] = _call
+                options["input_tensors"] = keras.tree.map_structure(_input_like, model.input)
+            new = keras.models.clone_model(model, **options)
+            if not new.built:  # a Sequential model without an Input
+                new.build(model.input_shape)
+            new._trainable = model._trainable  # set in the public way it would go down to every layer
+            return new
+
         with untouched(self._model), _not_compiled(self._model):
             try:
-                options: dict[str, Any] = {"clone_function": twin, "recursive": True, "cache": made}
-                if not isinstance(self._model, keras.Sequential):
-                    options["input_tensors"] = keras.tree.map_structure(_input_like, self._model.input)
-                clone = keras.models.clone_model(self._model, **options)
-                if not clone.built:  # a Sequential model without an Input
-                    clone.build(self._model.input_shape)
+                result = clone(self._model)
             except Exception as error:
                 must = f"`model` must consist of layers that can be made from their configs ({error})"
                 raise NormTypeError(message(must, type(self._model).__name__)) from error
@@ -136,7 +144,7 @@ class _Opened:
             owner, _, name = state.rpartition(".")
             if value is not None:
                 getattr(owners[owner], name).assign(value)
-        return clone
+        return result
 
     def _sites(self) -> Iterator[Site]:
         for number, layer in self._layers.items():
@@ -239,6 +247,11 @@ def _random(part: Any) -> Any:
     if part.dtype.kind == "f":
         return (part.mean() + (part.std() or 1.0) * rng.normal(size=part.shape)).astype(part.dtype)
     return rng.permutation(part.ravel()).reshape(part.shape)
+
+
+def _call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """An identity in the place of a norm takes nothing but the input."""
+    return layer(*args[:1]) if type(layer) is keras.layers.Identity and args else layer(*args, **kwargs)
 
 
 def _input_like(tensor: Any) -> Any:

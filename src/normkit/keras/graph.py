@@ -125,10 +125,11 @@ class _Reader:
         layer = call.operation
         inputs = [known[id(x)] for x in call.input_tensors]
         args, kwargs = call.arguments.fill_in({key: seen.value for key, seen in known.items()})
-        training = bool(kwargs.get("training", training))
+        training = bool(kwargs.get("training") or training)
         path = self.flow.paths.setdefault(id(layer), f"{within}{layer.name}")
         inner = functional(layer)
-        if inner is not None and len(args) == 1 and not isinstance(args[0], Mapping) and kwargs.keys() <= {"training"}:
+        more = {name for name, value in kwargs.items() if value is not None} - {"training"}
+        if inner is not None and len(args) == 1 and not isinstance(args[0], Mapping) and not more:
             values = inner._standardize_inputs(args[0])
             own = [_Seen(seen.number, value) for seen, value in zip(inputs, values, strict=True)]
             return self.walk(inner, own, f"{path}/", training)
