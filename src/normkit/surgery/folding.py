@@ -126,22 +126,29 @@ def fold(
     example and on random inputs like it; what changes an output by more than 1e-10 of the largest is left out (1e-6
     where the model computes parts in a narrower type whatever its own is).
 
+    A Keras model is folded for inference, `training=False`, and built anew from the configs of its layers under their
+    names. The result is not compiled, and a batch norm that went into a map does not train any more. It is tried in
+    float64, on JAX in float32, and may change by 1e-6 or 1.2e-5 of the largest output. A norm that is given a mask
+    stays.
+
     Args:
-        model: a torch.nn.Module, usually after `model.eval()`.
+        model: a torch.nn.Module, usually after `model.eval()`; a Sequential or Functional model of Keras.
         example: inputs that the model takes: a tensor or array (N, ...); a dictionary of them, taken by name; a tuple
             or list of them. What is folded is exact for what the model does with it: give one of the shape that is
             used later, with several samples, where the model does other things for other shapes.
-        inplace: change the model itself, all of it or nothing.
+        inplace: change the model itself, all of it or nothing. Not for Keras.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
-        optimizer: made for this model; its groups and state move to the parameters of the result.
+        optimizer: made for this model; its groups and state move to the parameters of the result. Not for
+            Keras: compile the result.
 
     Returns:
         A new model; modes, types, devices, hooks, tied weights and `requires_grad` stay. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for what is no PyTorch model, a compiled or scripted one, an example that does not fit it.
-        NormValueError: for lazy layers.
+        NormTypeError: for a compiled or scripted PyTorch model, a subclassed Keras model or one with a layer that cannot
+            be made from its config, a model of NNX, an example that does not fit.
+        NormValueError: for lazy layers, a Keras model that is not built, `inplace` or `optimizer` with Keras.
 
     Example:
         >>> import normkit, torch
@@ -156,9 +163,7 @@ def fold(
     """
     framework = framework_of(model)
     if framework == "nnx":
-        must = (
-            "`model` must be one whose calls can be seen, a torch.nn.Module or a Sequential or Functional Keras model"
-        )
+        must = "`model` must be a torch.nn.Module, or a Sequential or Functional model of Keras"
         raise NormTypeError(message(must, f"a model of {framework}"))
     subject: Opened = part(framework, "folding").opened(model, example)
     subject.check(inplace, optimizer)

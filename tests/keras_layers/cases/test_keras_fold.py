@@ -26,8 +26,6 @@ def drawn(shape):
 def randomized(model):
     """Random weights and statistics; gammas of both signs, and one that is 0."""
     for variable in model.variables:
-        if variable.name in ("seed_generator_state",):
-            continue
         value = drawn(variable.shape)
         if variable.name in ("moving_variance", "moving_stddev", "renorm_stddev"):
             value = np.abs(value) + 0.5
@@ -168,6 +166,14 @@ def test_nested_models_and_functions_are_looked_into():
     assert report.done[2].path.startswith("tail/")
     assert [edit.path for edit in report.kept] == ["last"]
     assert isinstance(folded.get_layer("backbone").get_layer("norm"), layers.Identity)
+
+
+def test_a_frozen_model_inside_stays_frozen():
+    model = nested()
+    model.get_layer("backbone").trainable = False
+    folded, _ = check(model, [drawn((2, 8, 8, 3)), drawn((2, 5))])
+    assert not folded.get_layer("backbone").trainable_variables
+    assert folded.get_layer("tail").trainable_variables
 
 
 def branch(where):
