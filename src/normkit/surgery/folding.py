@@ -146,8 +146,8 @@ def fold(
         A new model; modes, types, devices, hooks, tied weights and `requires_grad` stay. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for a compiled or scripted PyTorch model, a subclassed Keras model or one with a layer that cannot
-            be made from its config, a model of NNX, an example that does not fit.
+        NormTypeError: for a compiled or scripted PyTorch model, an example that does not fit it, a subclassed Keras
+            model or one with a layer that cannot be made from its config, a model of NNX.
         NormValueError: for lazy layers, a Keras model that is not built, `inplace` or `optimizer` with Keras.
 
     Example:
