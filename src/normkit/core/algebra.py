@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ __all__ = [
     "fold_after",
     "fold_before",
     "groups_for",
+    "largest_change",
     "merge",
     "pooled",
     "rate_of",
@@ -247,3 +249,25 @@ def usual_groups(channels: int, *, spatial: bool) -> int:
     (16, 4)
     """
     return groups_for(channels, max(1, min(32, channels // (4 if spatial else 16))))
+
+
+def largest_change(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> float:
+    """Return the largest difference of an array, over its largest value. What is not finite must stay the same.
+
+    >>> largest_change([np.array([1.0, -4.0])], [np.array([1.0, -4.1])])
+    0.02499999999999991
+    """
+    return max((_change(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+
+
+def _change(before: np.ndarray, after: np.ndarray) -> float:
+    if before.shape != after.shape:
+        return math.inf
+    same = (before == after) | (np.isnan(before) & np.isnan(after))
+    if same.all():
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        difference = np.where(same, 0.0, np.abs(before - after)).max()
+    largest = np.where(np.isfinite(before), np.abs(before), 0.0).max()
+    change = float(difference / largest) if largest else math.inf
+    return math.inf if math.isnan(change) else change

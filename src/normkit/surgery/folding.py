@@ -8,12 +8,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from normkit.core.algebra import scale_shift
+from normkit.core.algebra import fold_after, fold_before, scale_shift
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, message
-from normkit.frameworks import framework_of
+from normkit.frameworks import framework_of, part
 from normkit.surgery.graph import LINEAR, Graph, Node
-from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
+from normkit.surgery.plan import Edit, Report
 from normkit.surgery.sites import Site
 
 __all__ = ["Change", "Fold", "Opened", "fold", "planned"]
@@ -40,6 +40,12 @@ class Change(NamedTuple):
     scale: np.ndarray
     shift: np.ndarray
 
+    def applied(self, weight: np.ndarray, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Weight and bias after it, in float64; the bias is None where there was none and none is needed."""
+        rule = fold_after if self.side == "output" else fold_before
+        new, shifted = rule(weight, bias, self.scale, self.shift, axis=self.axis, groups=self.groups)
+        return new, None if bias is None and not np.any(shifted) else shifted
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -65,12 +71,16 @@ class Opened(Protocol):
 
     graph: Graph
     sites: tuple[Site, ...]
+    without_optimizer: str  # what is to be said of optimizers where none is given
+
+    def check(self, inplace: bool, optimizer: Any) -> None:
+        """Raise where the framework cannot do that."""
 
     def run(self, node: Node, values: Mapping[int, Any]) -> Any:
         """Apply the function of a node to other values; None where it cannot be run."""
 
     def shape(self, state: str) -> tuple[int, ...]:
-        """Of a parameter or buffer."""
+        """Of a parameter or buffer; of a kernel as (outputs, inputs of a group, *window), transposed (inputs, ...)."""
 
     def bias_beside(self, weight: str) -> str | None:
         """Path of the bias that belongs to a weight, existing or not; None where there is no place for one."""
@@ -114,22 +124,29 @@ def fold(
     example and on random inputs like it; what changes an output by more than 1e-10 of the largest is left out (1e-6
     where the model computes parts in a narrower type whatever its own is).
 
+    A Keras model is folded for inference, `training=False`, and built anew from the configs of its layers under their
+    names. The result is not compiled, and a batch norm that went into a map does not train any more. It is tried in
+    float64, on JAX in float32, and may change by 1e-6 or 1.2e-5 of the largest output. A norm that is given a mask
+    stays.
+
     Args:
-        model: a torch.nn.Module, usually after `model.eval()`.
+        model: a torch.nn.Module, usually after `model.eval()`; a Sequential or Functional model of Keras.
         example: inputs that the model takes: a tensor or array (N, ...); a dictionary of them, taken by name; a tuple
             or list of them. What is folded is exact for what the model does with it: give one of the shape that is
             used later, with several samples, where the model does other things for other shapes.
-        inplace: change the model itself, all of it or nothing.
+        inplace: change the model itself, all of it or nothing. Not for Keras.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
-        optimizer: made for this model; its groups and state move to the parameters of the result.
+        optimizer: made for this model; its groups and state move to the parameters of the result. Not for
+            Keras: compile the result.
 
     Returns:
         A new model; modes, types, devices, hooks, tied weights and `requires_grad` stay. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for what is no PyTorch model, a compiled or scripted one, an example that does not fit it.
-        NormValueError: for lazy layers.
+        NormTypeError: for a compiled or scripted PyTorch model, an example that does not fit it, a subclassed Keras
+            model or one with a layer that cannot be made from its config, a model of NNX.
+        NormValueError: for lazy layers, a Keras model that is not built, `inplace` or `optimizer` with Keras.
 
     Example:
         >>> import normkit, torch
@@ -143,19 +160,18 @@ def fold(
         )
     """
     framework = framework_of(model)
-    if framework != "torch":
-        must = "`model` must be a torch.nn.Module"
+    if framework == "nnx":
+        must = "`model` must be a torch.nn.Module, or a Sequential or Functional model of Keras"
         raise NormTypeError(message(must, f"a model of {framework}"))
-    from normkit.torch.folding import opened
-
-    subject = opened(model, example)
+    subject: Opened = part(framework, "folding").opened(model, example)
+    subject.check(inplace, optimizer)
     found = planned(subject)
     folds = [one for one in found if isinstance(one, Fold)]
     rejected = subject.settle(folds)
     accepted = [one for number, one in enumerate(folds) if number not in rejected]
     reasons = {id(folds[number]): reason for number, reason in rejected.items()}
     edits = [_edit(one, reasons) for one in found]
-    notes = OLD_OPTIMIZER if optimizer is None else ()
+    notes = () if optimizer is not None else (subject.without_optimizer,)
     report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), notes)
     if dry_run:
         return report
@@ -375,7 +391,9 @@ class _Plan:
 
 def _axis(node: Node) -> int:
     """Of the channels, counted from the end: a convolution may come without a batch axis."""
-    return -1 if node.op in ("linear", "addmm") else -1 - int(node.op[-2])
+    if node.op in ("linear", "addmm"):
+        return -1
+    return int(node.options.get("axis", -1 - int(node.op[-2])))
 
 
 def _own_axes(record: NormRecord, ndim: int) -> tuple[int, ...]:

@@ -165,7 +165,7 @@ def insert(
     places = [one for one, _ in found if one is not None]
     edits = tuple(edit for _, edit in found)
     report = Report(
-        "insert", type(model).__name__, subject.graph.how, edits, OLD_OPTIMIZER if optimizer is None else ()
+        "insert", type(model).__name__, subject.graph.how, edits, (OLD_OPTIMIZER,) if optimizer is None else ()
     )
     if dry_run:
         return report

@@ -12,12 +12,13 @@ from normkit.tables import Result, Table
 __all__ = ["OLD_OPTIMIZER", "Edit", "Report"]
 
 # A note for verbs that were given no optimizer.
-OLD_OPTIMIZER = ("an optimizer made before holds the old parameters: give it as `optimizer`",)
+OLD_OPTIMIZER = "an optimizer made before holds the old parameters: give it as `optimizer`"
 
 _HEADINGS = ("layer", "is", "becomes", "why")
 _SEEN = {
     "dynamo": "the whole forward pass was traced (Dynamo)",
     "export": "the whole forward pass was traced (torch.export)",
+    "functional": "every call of the model is known",
     "modules": "the forward pass could not be traced; the order of layers is known within nn.Sequential only",
 }
 
@@ -48,7 +49,8 @@ class Report(Result):
     Attributes:
         verb: `fold`, ...
         model: name of the model's class.
-        how: how the flow of data was seen: `dynamo`, `export` or `modules`; None where a verb looks at layers alone.
+        how: how the flow of data was seen: `dynamo`, `export`, `functional` or `modules`; None where a verb looks at
+            layers alone.
         edits: one or more entries per layer that the verb looks at, in the order of the calls.
         notes: what else there is to know.
         difference: largest change of the outputs on the example, relative to the largest output, in the type of the

@@ -287,7 +287,7 @@ def _finished(
     return_report: bool,
     optimizer: Any,
 ) -> Any:
-    notes = OLD_OPTIMIZER if optimizer is None else ()
+    notes = (OLD_OPTIMIZER,) if optimizer is None else ()
     report = Report(verb, type(model).__name__, None, tuple(edits), notes)
     if dry_run:
         return report

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normkit.core.algebra import fold_after, fold_before
 from normkit.surgery.folding import Change, Fold
 from normkit.surgery.graph import Node
+from normkit.surgery.plan import OLD_OPTIMIZER
 from normkit.torch.graph import capture
 from normkit.torch.probe import as_tensors
 from normkit.torch.sites import sites
@@ -50,6 +50,8 @@ def opened(model: nn.Module, example: Any) -> _Opened:
 class _Opened:
     """See `normkit.surgery.folding.Opened`."""
 
+    without_optimizer = OLD_OPTIMIZER
+
     def __init__(self, model: nn.Module, example: Any) -> None:
         self._model, self._example = model, example
         self.sites = tuple(sites(model))
@@ -57,6 +59,9 @@ class _Opened:
         self._flow = capture(model, as_tensors(example, model), lambda module: id(module) in norms)
         self.graph = self._flow.graph
         self._modules = dict(model.named_modules(remove_duplicate=False))
+
+    def check(self, inplace: bool, optimizer: Any) -> None:
+        """PyTorch can do both."""
 
     def run(self, node: Node, values: Mapping[int, Any]) -> Any:
         if node.id not in self._flow.functions:
@@ -219,13 +224,11 @@ def _change(changes: Transaction, model: nn.Module, change: Change) -> None:
     owner, name = split(model, change.weight)
     weight = getattr(owner, name)
     bias = None if change.bias is None else getattr(*split(model, change.bias))
-    rule = fold_after if change.side == "output" else fold_before
-    old = None if bias is None else _array(bias)
-    new, shifted = rule(_array(weight), old, change.scale, change.shift, axis=change.axis, groups=change.groups)
+    new, shifted = change.applied(_array(weight), None if bias is None else _array(bias))
     changes.write(change.weight, new)
     if bias is not None and change.bias is not None:
         changes.write(change.bias, shifted)
-    elif shifted is not None and np.any(shifted):
+    elif shifted is not None:
         assert change.bias is not None
         changes.set(change.bias, shifted, like=weight)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normkit.core import algebra
 from normkit.errors import NormTypeError, message
 from normkit.torch.probe import as_tensors, check_sized, forward, untouched
 
@@ -82,7 +83,8 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Largest difference of an output, over its largest value."""
-    return max((_relative(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+    wide = [[tensor.double().cpu().numpy() for tensor in tensors] for tensors in (before, after)]
+    return algebra.largest_change(*wide)
 
 
 def copied(model: nn.Module) -> Any:
@@ -217,20 +219,6 @@ def carry(
         group["params"] = kept
     optimizer.state.clear()
     optimizer.state.update(state)
-
-
-def _relative(before: Tensor, after: Tensor) -> float:
-    # What is not finite must stay the same.
-    if before.shape != after.shape:
-        return float("inf")
-    a, b = before.double(), after.double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    if same.all():
-        return 0.0
-    difference = torch.where(same, 0.0, (a - b).abs()).max().item()
-    largest = torch.where(a.isfinite(), a.abs(), 0.0).max().item()
-    relative = difference / largest if largest else float("inf")
-    return relative if relative == relative else float("inf")
 
 
 def _setter(values: dict[str, Any], name: str, value: Any) -> Callable[[], None]:
