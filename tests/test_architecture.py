@@ -31,7 +31,7 @@ BELOW = {
     "experiments": {"errors", "files", "frameworks", "tables", "core", "kernels"},
     "surgery": {"errors", "frameworks", "tables", "core"},
     "report": {"errors", "core", "experiments"},
-    "cli": {"errors", "frameworks", "core", "experiments", "report", "kernels"},
+    "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report"},
 }
 # Files that hold a framework's side of something and may import it at the top.
 FRAMEWORK_FILES = {

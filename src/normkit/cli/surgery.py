@@ -1,0 +1,277 @@
+"""The commands that change a model of the user's and write its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+
+import normkit
+from normkit.errors import NormTypeError, NormValueError, message
+from normkit.experiments.code import Code, call
+from normkit.experiments.config import is_reference
+from normkit.experiments.protocol import training
+from normkit.files import save
+from normkit.frameworks import framework_of
+from normkit.surgery import batches
+from normkit.surgery.plan import Report
+from normkit.surgery.protocol import recording
+from normkit.tables import Result, plain
+
+__all__ = ["EXIT_CODES", "VERBS"]
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 bad input or usage, 130 interrupted, 1 anything else, such as a full disk. Whatever goes "
+    "wrong, the file under --out stays as it was. A checkpoint is read without running code from it; file.py is run."
+)
+_EXAMPLE = 8  # samples that a model is looked into with
+
+_Model = Annotated[str, typer.Argument(help="file.py:build, a function build() that returns a PyTorch model.")]
+_Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="State dict to load first, .pt or .safetensors. [default: as build() gives]", show_default=False),
+]
+_Data = Annotated[
+    str,
+    typer.Option(
+        help="Inputs: an .npy file, an .npz file (its x, its x_train, else its first array), or file.py:name for an "
+        "array, a tensor, a loader, or a function that returns one.",
+        show_default=False,
+    ),
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(help="State dict to write, .pt or .safetensors. Needed unless --dry-run.", show_default=False),
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and write nothing.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
+
+
+class _Files(NamedTuple):
+    """What all these commands are given."""
+
+    model: str
+    checkpoint: Path | None
+    data: str | None
+    out: Path | None
+    dry_run: bool
+    json: bool
+
+
+def fold(
+    model: _Model,
+    data: _Data,
+    checkpoint: _Checkpoint = None,
+    out: _Out = None,
+    dry_run: _DryRun = False,
+    json: _Json = False,
+) -> int:
+    """Fold norms into the linear maps beside them: the same outputs in evaluation mode from fewer operations.
+
+    The result has other layers than build() gives. What is printed shows how to load it: normkit.torch.load_folded.
+    """
+
+    def change(network: Any, inputs: Any) -> Any:
+        return normkit.fold(network.eval(), _example(inputs), inplace=True, dry_run=dry_run, return_report=True)
+
+    files = _Files(model, checkpoint, data, out, dry_run, json)
+    return _carry_out(
+        "fold", files, change, ["import normkit.torch", "model = normkit.torch.load_folded({build}(), state)"]
+    )
+
+
+def recalibrate(
+    model: _Model,
+    data: _Data,
+    checkpoint: _Checkpoint = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Layer by layer, one pass over the data for each.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Take so many batches, at most. [default: all]", show_default=False)
+    ] = None,
+    out: _Out = None,
+    dry_run: _DryRun = False,
+    json: _Json = False,
+) -> int:
+    """Replace the running statistics of every batch norm by those of the whole data."""
+
+    def change(network: Any, inputs: Any) -> Any:
+        return normkit.recalibrate(network, inputs, exact=exact, steps=steps, return_report=True)
+
+    files = _Files(model, checkpoint, data, out, dry_run, json)
+    return _carry_out("recalibrate", files, change, ["model = {build}()", "model.load_state_dict(state)"])
+
+
+VERBS: tuple[Callable[..., int], ...] = (fold, recalibrate)
+
+
+def _carry_out(verb: str, files: _Files, change: Callable[[Any, Any], Any], recipe: list[str]) -> int:
+    """Change a model, write it, report.
+
+    `change(model, data)` gives the report, or (model, report). `recipe` says how to load what was written: lines of
+    Python that make `model` from `state` and `{build}()`. They are run before anything is written.
+    """
+    torch = training("torch")  # first of all, so that it is this that is missing where PyTorch is
+
+    def user(label: str) -> Any:
+        return Code.named(label).load(torch.no_training)
+
+    _check_out(files)
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
+        print(f"{verb} {files.model}", file=sys.stderr)
+        build = _builder(files.model, user)
+        network = build()
+        if files.checkpoint is not None:
+            from normkit.torch.checkpoints import load_state, read
+
+            load_state(network, read(files.checkpoint), files.checkpoint.name)
+        data = None if files.data is None else _inputs(files.data, user)
+        done = call(files.model, change, network, data)
+        network, report = done if isinstance(done, tuple) else (None, done)
+        if isinstance(report, Report):
+            report = replace(report, notes=())  # they are about optimizers, and there is none
+        lines: list[str] = []
+        if not files.dry_run:
+            assert files.out is not None
+            lines = _written(network, files.out, build, files.model.rpartition(":")[2], data, recipe)
+    _show(report, files, lines)
+    return 0
+
+
+def _check_out(files: _Files) -> None:
+    """Find before the work what would fail after it."""
+    from normkit.torch.checkpoints import to_bytes
+
+    if files.dry_run:
+        return
+    if files.out is None:
+        raise NormValueError(message("`--out` must name the file to write", hint="or ask with --dry-run"))
+    to_bytes({}, files.out)
+    folder = files.out.parent
+    if files.out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        must = "`--out` must be a file in a folder that exists and can be written"
+        raise NormValueError(message(must, str(files.out)))
+
+
+def _builder(label: str, user: Callable[[str], Any]) -> Callable[[], Any]:
+    if not is_reference(label):
+        must = "the model must be a function in a file"
+        raise NormValueError(message(must, repr(label), "write file.py:build"))
+    build = user(label)
+    if not callable(build):
+        raise NormTypeError(message(f"{label} must be a function", type(build).__name__))
+    with contextlib.suppress(ValueError):  # a function without a signature is simply called
+        try:
+            inspect.signature(build).bind()
+        except TypeError as error:
+            hint = "def build_for_this(): return build(torch.nn.BatchNorm2d)"
+            raise NormTypeError(message(f"{label} must be a function that needs no arguments", error, hint)) from None
+
+    def built() -> Any:
+        model = call(label, build)
+        framework = framework_of(model)
+        if framework != "torch":
+            must = f"{label} must return a PyTorch model"
+            raise NormTypeError(message(must, f"one of {framework}", "use the functions of normkit in Python"))
+        return model
+
+    return built
+
+
+def _inputs(source: str, user: Callable[[str], Any]) -> Any:
+    if is_reference(source):
+        data = user(source)
+        if callable(data) and not hasattr(data, "__getitem__"):
+            data = call(source, data)
+    else:
+        data = _array(Path(source))
+    batches.repeatable("--data", data)
+    return data
+
+
+def _array(path: Path) -> Any:
+    if path.suffix not in (".npy", ".npz"):
+        must = "`--data` must be an .npy or .npz file, or file.py:name"
+        raise NormValueError(message(must, repr(str(path))))
+    try:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return found
+            names = [name for name in ("x", "x_train", *found.files) if name in found.files]
+            if names:
+                return found[names[0]]
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        must = f"`--data` must be a {path.suffix} file of arrays that can be read"
+        raise NormValueError(message(must, f"{path} ({error})")) from error
+    raise NormValueError(message(f"{path.name} must hold an array", "none"))
+
+
+def _example(data: Any) -> Any:
+    """The first samples."""
+
+    def cut(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {name: cut(value) for name, value in x.items()}
+        if isinstance(x, tuple | list):
+            return tuple(map(cut, x))
+        return x[:_EXAMPLE] if hasattr(x, "shape") else x
+
+    first = next(batches.inputs(data), None)
+    if first is None:
+        raise NormValueError(message("`--data` must hold at least one batch", "none"))
+    return cut(first)
+
+
+def _written(model: Any, out: Path, build: Callable[[], Any], name: str, data: Any, recipe: list[str]) -> list[str]:
+    """Write the state dict, and return how to load it, which was tried before."""
+    from normkit.torch.checkpoints import from_bytes, to_bytes
+
+    content = to_bytes(model.state_dict(), out)
+    lines = [line.format(build=name) for line in recipe]
+    known = {"normkit": normkit, name: build, "state": from_bytes(content, out)}
+    if data is not None:
+        known["x"] = _example(data)
+    try:
+        exec("\n".join(lines), known)
+        same = data is None or _same_outputs(model, known["model"], known["x"])
+    except Exception as error:
+        must = f"weights must load into what {name}() gives the next time"
+        raise NormValueError(message(must, f"{type(error).__name__}: {error}")) from error
+    if not same:
+        must = "outputs must depend on nothing but weights in the state dict, or they cannot be written"
+        raise NormValueError(message(must, "other outputs after loading", "make it a parameter or a persistent buffer"))
+    save(out, content, "`--out`")
+    safe = out.suffix == ".safetensors"
+    read = f"load_file({str(out)!r})" if safe else f"torch.load({str(out)!r}, weights_only=True)"
+    return ["from safetensors.torch import load_file" if safe else "import torch", f"state = {read}", *lines]
+
+
+def _same_outputs(model: Any, other: Any, x: Any) -> bool:
+    """Whether two models give the same in evaluation mode, bit by bit: they compute the same on the same numbers."""
+    side = recording("torch")
+
+    def outputs(model: Any) -> np.ndarray:
+        with side.watching(model, (), lambda _, measure: measure()) as forward:
+            return side.array(forward(x))
+
+    return np.array_equal(outputs(model), outputs(other), equal_nan=True)
+
+
+def _show(report: Result, files: _Files, lines: list[str]) -> None:
+    if files.json:
+        out = None if files.dry_run else str(files.out)
+        print(json.dumps({**plain(report.to_dict()), "out": out, "load": lines}, indent=1, allow_nan=False))
+        return
+    print(report)
+    if lines:
+        print(f"\nwritten: {files.out}\nload it with\n" + "\n".join(f"    {line}" for line in lines))
