@@ -85,9 +85,8 @@ def fold(
         return normkit.fold(network.eval(), _example(inputs), inplace=True, dry_run=dry_run, return_report=True)
 
     files = _Files(model, checkpoint, data, out, dry_run, json)
-    return _carry_out(
-        "fold", files, change, ["import normkit.torch", "model = normkit.torch.load_folded({build}(), state)"]
-    )
+    recipe = ["import normkit.torch", "model = normkit.torch.load_folded({build}(), state)"]
+    return _carry_out("fold", files, change, recipe)
 
 
 def recalibrate(
