@@ -220,7 +220,7 @@ class Evil:
         (["--checkpoint", "shape.pt"], 2, "size mismatch for norm.bias"),
         (["--out", "y.onnx"], 2, "must end in .pt, .pth or .safetensors; got 'y.onnx'"),
         (["--out", "missing/y.pt"], 2, "`--out` must be a file in a folder that exists and can be written"),
-        (["--steps", "0"], 2, "`steps` must be at least 1"),
+        (["--steps", "0"], 2, "`steps` must be None or a whole number of at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_everything_as_it_was(folder, capsys, arguments, code, said):

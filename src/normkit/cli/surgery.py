@@ -16,14 +16,13 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import typer
 
-import normkit
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.experiments.code import Code, call
 from normkit.experiments.config import is_reference
 from normkit.experiments.protocol import training
 from normkit.files import save
 from normkit.frameworks import framework_of
-from normkit.surgery import batches
+from normkit.surgery import batches, folding, recalibration
 from normkit.surgery.plan import Report
 from normkit.surgery.protocol import recording
 from normkit.tables import Result, plain
@@ -82,10 +81,10 @@ def fold(
     """
 
     def change(network: Any, inputs: Any) -> Any:
-        return normkit.fold(network.eval(), _example(inputs), inplace=True, dry_run=dry_run, return_report=True)
+        return folding.fold(network.eval(), _example(inputs), inplace=True, dry_run=dry_run, return_report=True)
 
     files = _Files(model, checkpoint, data, out, dry_run, json)
-    recipe = ["import normkit.torch", "model = normkit.torch.load_folded({build}(), state)"]
+    recipe = ["import normkit.torch", f"model = normkit.torch.load_folded({_function(model)}(), state)"]
     return _carry_out("fold", files, change, recipe)
 
 
@@ -104,10 +103,10 @@ def recalibrate(
     """Replace the running statistics of every batch norm by those of the whole data."""
 
     def change(network: Any, inputs: Any) -> Any:
-        return normkit.recalibrate(network, inputs, exact=exact, steps=steps, return_report=True)
+        return recalibration.recalibrate(network, inputs, exact=exact, steps=steps, return_report=True)
 
     files = _Files(model, checkpoint, data, out, dry_run, json)
-    return _carry_out("recalibrate", files, change, ["model = {build}()", "model.load_state_dict(state)"])
+    return _carry_out("recalibrate", files, change, [f"model = {_function(model)}()", "model.load_state_dict(state)"])
 
 
 VERBS: tuple[Callable[..., int], ...] = (fold, recalibrate)
@@ -117,44 +116,44 @@ def _carry_out(verb: str, files: _Files, change: Callable[[Any, Any], Any], reci
     """Change a model, write it, report.
 
     `change(model, data)` gives the report, or (model, report). `recipe` says how to load what was written: lines of
-    Python that make `model` from `state` and `{build}()`. They are run before anything is written.
+    Python that make `model` from `state`, the user's function and inputs `x`. They are run before anything is written.
     """
     torch = training("torch")  # first of all, so that it is this that is missing where PyTorch is
 
     def user(label: str) -> Any:
         return Code.named(label).load(torch.no_training)
 
-    _check_out(files)
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
-        print(f"{verb} {files.model}", file=sys.stderr)
-        build = _builder(files.model, user)
-        network = build()
-        if files.checkpoint is not None:
-            from normkit.torch.checkpoints import load_state, read
-
-            load_state(network, read(files.checkpoint), files.checkpoint.name)
-        data = None if files.data is None else _inputs(files.data, user)
-        done = call(files.model, change, network, data)
-        network, report = done if isinstance(done, tuple) else (None, done)
-        if isinstance(report, Report):
-            report = replace(report, notes=())  # they are about optimizers, and there is none
-        lines: list[str] = []
-        if not files.dry_run:
-            assert files.out is not None
-            lines = _written(network, files.out, build, files.model.rpartition(":")[2], data, recipe)
+    try:
+        _check_out(files)
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
+            print(f"{verb} {files.model}")
+            build = _builder(files.model, user)
+            network = _loaded(build, files.checkpoint)
+            data = None if files.data is None else _inputs(files.data, user)
+            done = call(files.model, change, network, data)
+            network, report = done if isinstance(done, tuple) else (None, done)
+            lines = [] if files.out is None or files.dry_run else _written(network, files, build, data, recipe)
+    except KeyboardInterrupt:
+        raise typer.Abort from None  # typer would end without a word
+    if isinstance(report, Report):
+        report = replace(report, notes=())  # they are about optimizers, and there is none
     _show(report, files, lines)
     return 0
 
 
+def _function(model: str) -> str:
+    return model.rpartition(":")[2]
+
+
 def _check_out(files: _Files) -> None:
     """Find before the work what would fail after it."""
-    from normkit.torch.checkpoints import to_bytes
+    from normkit.torch.checkpoints import check_suffix
 
     if files.dry_run:
         return
     if files.out is None:
         raise NormValueError(message("`--out` must name the file to write", hint="or ask with --dry-run"))
-    to_bytes({}, files.out)
+    check_suffix(files.out)
     folder = files.out.parent
     if files.out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         must = "`--out` must be a file in a folder that exists and can be written"
@@ -184,6 +183,15 @@ def _builder(label: str, user: Callable[[str], Any]) -> Callable[[], Any]:
         return model
 
     return built
+
+
+def _loaded(build: Callable[[], Any], checkpoint: Path | None) -> Any:
+    from normkit.torch.checkpoints import load_state, read
+
+    model = build()
+    if checkpoint is not None:
+        load_state(model, read(checkpoint), checkpoint.name)
+    return model
 
 
 def _inputs(source: str, user: Callable[[str], Any]) -> Any:
@@ -231,17 +239,18 @@ def _example(data: Any) -> Any:
     return cut(first)
 
 
-def _written(model: Any, out: Path, build: Callable[[], Any], name: str, data: Any, recipe: list[str]) -> list[str]:
+def _written(model: Any, files: _Files, build: Callable[[], Any], data: Any, recipe: list[str]) -> list[str]:
     """Write the state dict, and return how to load it, which was tried before."""
     from normkit.torch.checkpoints import from_bytes, to_bytes
 
-    content = to_bytes(model.state_dict(), out)
-    lines = [line.format(build=name) for line in recipe]
-    known = {"normkit": normkit, name: build, "state": from_bytes(content, out)}
+    assert files.out is not None
+    name = _function(files.model)
+    content = to_bytes(model.state_dict(), files.out)
+    known = {name: build, "state": from_bytes(content, files.out)}
     if data is not None:
         known["x"] = _example(data)
     try:
-        exec("\n".join(lines), known)
+        exec("\n".join(recipe), known)
         same = data is None or _same_outputs(model, known["model"], known["x"])
     except Exception as error:
         must = f"weights must load into what {name}() gives the next time"
@@ -249,10 +258,10 @@ def _written(model: Any, out: Path, build: Callable[[], Any], name: str, data: A
     if not same:
         must = "outputs must depend on nothing but weights in the state dict, or they cannot be written"
         raise NormValueError(message(must, "other outputs after loading", "make it a parameter or a persistent buffer"))
-    save(out, content, "`--out`")
-    safe = out.suffix == ".safetensors"
-    read = f"load_file({str(out)!r})" if safe else f"torch.load({str(out)!r}, weights_only=True)"
-    return ["from safetensors.torch import load_file" if safe else "import torch", f"state = {read}", *lines]
+    save(files.out, content, "`--out`")
+    safe = files.out.suffix == ".safetensors"
+    read = f"load_file({str(files.out)!r})" if safe else f"torch.load({str(files.out)!r}, weights_only=True)"
+    return ["from safetensors.torch import load_file" if safe else "import torch", f"state = {read}", *recipe]
 
 
 def _same_outputs(model: Any, other: Any, x: Any) -> bool:

@@ -16,9 +16,9 @@ from normkit.torch.folding import drop_affine
 from normkit.torch.sites import sites
 from normkit.torch.surgery import check_plain, transaction
 
-__all__ = ["SUFFIXES", "from_bytes", "load_folded", "load_state", "read", "to_bytes"]
+__all__ = ["check_suffix", "from_bytes", "load_folded", "load_state", "read", "to_bytes"]
 
-SUFFIXES = (".pt", ".pth", ".safetensors")
+_SUFFIXES = (".pt", ".pth", ".safetensors")
 _NAMED = 5  # entries that an error names
 _HINT = "save model.state_dict() alone"
 
@@ -93,7 +93,7 @@ def load_state(model: nn.Module, state: Mapping[str, Any], name: str = "`state`"
 
 def read(path: Path) -> dict[str, Any]:
     """The state dict in a .pt, .pth or .safetensors file. Raises NormValueError for anything else."""
-    _check_suffix(path)
+    check_suffix(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -112,11 +112,12 @@ def from_bytes(content: bytes, path: Path) -> dict[str, Any]:
     except MissingExtraError:
         raise
     except Exception as error:
-        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             must = f"{path.name} must hold tensors and plain values alone: anything else could run code"
             raise NormValueError(message(must, hint="torch.save(model.state_dict(), path)")) from error
         must = f"{path.name} must be a {path.suffix} file that is whole"
-        raise NormValueError(message(must, f"{type(error).__name__}: {error}".splitlines()[0])) from error
+        got = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]  # further advice of torch's is unsafe
+        raise NormValueError(message(must, got)) from error
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         raise NormValueError(message(f"{path.name} must hold a state dict", type(found).__name__, _HINT))
     nested = [key for key, value in found.items() if isinstance(value, Mapping)]
@@ -128,7 +129,7 @@ def from_bytes(content: bytes, path: Path) -> dict[str, Any]:
 
 def to_bytes(state: Mapping[str, Any], path: Path) -> bytes:
     """What a file with this name holds for a state dict."""
-    _check_suffix(path)
+    check_suffix(path)
     if path.suffix != ".safetensors":
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
@@ -142,9 +143,10 @@ def to_bytes(state: Mapping[str, Any], path: Path) -> bytes:
     return bytes(_safetensors().save(tensors, metadata={"format": "pt"}))
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        must = f"a file of weights must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+def check_suffix(path: Path) -> None:
+    """Raise NormValueError for another kind of file, MissingExtraError where safetensors is needed and missing."""
+    if path.suffix not in _SUFFIXES:
+        must = f"a file of weights must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
         raise NormValueError(message(must, repr(str(path))))
     if path.suffix == ".safetensors":
         _safetensors()
