@@ -25,13 +25,13 @@ BELOW = {
     "core": {"errors"},
     "kernels": {"errors", "core"},
     "torch": {"errors", "core", "kernels", "surgery"},
-    "keras": {"errors", "core", "kernels"},
+    "keras": {"errors", "core", "kernels", "surgery"},
     "nnx": {"errors", "core", "kernels"},
     "testing": {"errors", "core"},
     "experiments": {"errors", "files", "frameworks", "tables", "core", "kernels"},
     "surgery": {"errors", "frameworks", "tables", "core"},
     "report": {"errors", "core", "experiments"},
-    "cli": {"errors", "frameworks", "core", "experiments", "report", "kernels"},
+    "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report"},
 }
 # Files that hold a framework's side of something and may import it at the top.
 FRAMEWORK_FILES = {

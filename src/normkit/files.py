@@ -9,7 +9,7 @@ from pathlib import Path
 
 from normkit.errors import NormRuntimeError, NormValueError, message
 
-__all__ = ["OutputFolder", "write"]
+__all__ = ["OutputFolder", "save", "write"]
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -30,6 +30,15 @@ def write(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def save(path: Path, content: str | bytes, name: str = "`path`") -> None:
+    """As :func:`write`; raises NormRuntimeError, with the name of the argument, where the file cannot be written."""
+    try:
+        write(path, content)
+    except OSError as error:
+        must = f"{name} must be one that can be written"
+        raise NormRuntimeError(message(must, f"{path} ({error.strerror})")) from error
 
 
 class OutputFolder:

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normkit.errors import NormRuntimeError, NormValueError, message
-from normkit.files import write
+from normkit.errors import NormValueError, message
+from normkit.files import save
 
 __all__ = ["Result", "Table", "number", "plain"]
 
@@ -109,12 +109,7 @@ class Result(ABC):
             *others, last = formats
             must = f"`path` must end in {', '.join(others)} or {last}"
             raise NormValueError(message(must, repr(str(path))))
-        content = maker()
-        try:
-            write(path, content)
-        except OSError as error:
-            must = "`path` must be one that can be written"
-            raise NormRuntimeError(message(must, f"{path} ({error.strerror})")) from error
+        save(path, maker())
         return path
 
 

@@ -40,10 +40,15 @@ def run(backend: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_cases(backend):
+CASES, FOLD = (str(HERE / "cases" / name) for name in ("", "test_keras_fold.py"))
+# The layers, and what changes models, which has a budget of its own.
+PARTS = {"": ("--ignore", FOLD, CASES), "fold ": (FOLD,)}
+
+
+@pytest.mark.parametrize(("part", "backend"), [pytest.param(p, b, id=f"{p}{b}") for p in PARTS for b in BACKENDS])
+def test_cases(part, backend):
     available("keras", backend)
-    done = run(backend, "-m", "pytest", str(HERE / "cases"), "-p", "no:cacheprovider")
+    done = run(backend, "-m", "pytest", *PARTS[part], "-p", "no:cacheprovider")
     print(f"{backend}: {done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-2000:]}")
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
 

@@ -20,6 +20,8 @@ from normkit.surgery import folding
 from normkit.torch import folding as torch_folding
 from normkit.torch.sites import sites
 
+pytestmark = pytest.mark.filterwarnings("ignore:nothing was folded")
+
 # Of the largest output. A fold rounds each weight once, 6e-8 or 1e-16; the limits are the issue's.
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -614,3 +616,9 @@ def test_what_cannot_be_looked_into(model, example, said):
 def test_what_the_model_says_against_the_example_is_heard():
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         normkit.fold(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(), torch.ones(2, 5))
+
+
+def test_that_nothing_was_folded_is_said_where_no_report_is_asked_for():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match=r"nothing was folded; 1: it is in training mode: call model.eval\(\) first"):
+        normkit.fold(model, X)

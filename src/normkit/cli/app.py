@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from normkit.cli import surgery
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
@@ -198,6 +199,10 @@ def compare(
         return _interrupted("finished trials are kept, run the same command again to go on" if kept else None)
     _show(comparison, out / "report.html", json)
     return 0
+
+
+for verb in surgery.VERBS:
+    app.command(epilog=surgery.EXIT_CODES)(verb)
 
 
 def _show(comparison: Comparison, report: Path, json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -141,7 +142,8 @@ def fold(
             Keras: compile the result.
 
     Returns:
-        A new model; modes, types, devices, hooks, tied weights and `requires_grad` stay. With `dry_run` the report.
+        A new model; modes, types, devices, hooks, tied weights and `requires_grad` stay. Warns where nothing could be
+        folded. With `dry_run` the report.
 
     Raises:
         NormTypeError: for a compiled or scripted PyTorch model, an example that does not fit it, a subclassed Keras
@@ -175,6 +177,9 @@ def fold(
     report = Report("fold", type(model).__name__, subject.graph.how, tuple(edits), notes)
     if dry_run:
         return report
+    if not report.done and not return_report:
+        first = f"{edits[0].path}: {edits[0].reason}" if edits else "it has no norm"
+        warnings.warn(f"nothing was folded; {first}. hint: return_report=True lists all reasons", stacklevel=2)
     result, difference = subject.finish(accepted, inplace=inplace, optimizer=optimizer)
     return (result, replace(report, difference=difference)) if return_report else result
 

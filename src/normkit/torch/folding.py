@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normkit.surgery.folding import Change, Fold
 from normkit.surgery.graph import Node
 from normkit.surgery.plan import OLD_OPTIMIZER
+from normkit.surgery.sites import Site
 from normkit.torch.graph import capture
 from normkit.torch.probe import as_tensors
 from normkit.torch.sites import sites
@@ -31,7 +32,7 @@ from normkit.torch.surgery import (
     transaction,
 )
 
-__all__ = ["opened"]
+__all__ = ["drop_affine", "opened"]
 
 # Of the largest output. Folding rounds at 1e-16, which depth amplifies. A model that computes parts in float32 whatever
 # its type passes a change of 1e-16 on as a spacing of float32, 6e-8, now and then. In another type: a hundred spacings.
@@ -202,18 +203,26 @@ def _apply(changes: Transaction, model: nn.Module, fold: Fold) -> None:
     if fold.leaves == "nothing":
         changes.replace(path, nn.Identity())
     elif fold.leaves == "bare":
-        for role in ("gamma", "beta"):
-            name = fold.site.names.get(role)
-            if name is None or getattr(norm, name) is None:
-                continue
-            if fold.site.how == "class":
-                changes.set(f"{path}.{name}", None)
-            else:  # what its forward does without is not known, but with what changes nothing it is
+        names = {role: name for role, name in fold.site.names.items() if role in ("gamma", "beta")}
+        if fold.site.how == "class":
+            drop_affine(changes, model, fold.site, names.values())
+            return
+        # What its forward does without them is not known; with what changes nothing it is.
+        for role, name in names.items():
+            if getattr(norm, name) is not None:
                 neutral = float(role == "gamma" and fold.site.record.gain == "w")
                 changes.write(f"{path}.{name}", torch.full_like(getattr(norm, name), neutral))
-        for flag in ("affine", "elementwise_affine"):
-            if flag in vars(norm) and fold.site.how == "class":
-                changes.attribute(f"{path}.{flag}", False)
+
+
+def drop_affine(changes: Transaction, model: nn.Module, site: Site, names: Iterable[str]) -> None:
+    """Take these parameters out of a norm of a known class, and say so in its flag."""
+    norm = model.get_submodule(site.path)
+    present = [name for name in names if getattr(norm, name) is not None]
+    for name in present:
+        changes.set(f"{site.path}.{name}", None)
+    for flag in ("affine", "elementwise_affine"):
+        if present and flag in vars(norm):
+            changes.attribute(f"{site.path}.{flag}", False)
 
 
 def _change(changes: Transaction, model: nn.Module, change: Change) -> None:
