@@ -155,6 +155,7 @@ def test_one_of_two_is_killed_and_the_other_takes_over(folder):
     assert sum(times(folder, "begun").values()) <= GRID + 2
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # of JAX, where other tests loaded it; what is forked only sets a limit
 def test_a_full_disk(folder):
     """A limit on the size of files stands for it: SQLite is told that its file cannot grow.
 
