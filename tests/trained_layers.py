@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
 from normkit import torch as ours
 
-__all__ = ["LAYERS", "named", "trained"]
+__all__ = ["LAYERS", "moved", "named", "trained"]
 
 LAYERS = [
     (nn.BatchNorm1d(6, momentum=0.3), (8, 6)),
@@ -33,6 +34,11 @@ def trained(layer: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     for _ in range(3):
         layer(2 + 3 * torch.randn(shape))
     return layer.eval()
+
+
+def moved(x: np.ndarray, layer: nn.Module) -> np.ndarray:
+    """To channels last; layer and RMS norm have them there already."""
+    return x if type(layer).__name__ in ("LayerNorm", "RMSNorm") else np.moveaxis(x, 1, -1)
 
 
 def named(value: object) -> str:

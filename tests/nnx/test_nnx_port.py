@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from trained_layers import LAYERS, named, trained
+from trained_layers import LAYERS, moved, named, trained
 
 pytest.importorskip("flax")
 
@@ -15,11 +15,6 @@ from normkit import nnx as ours
 from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormError
 from normkit.nnx.porting import read
-
-
-def moved(x, layer):
-    """To channels last; layer and RMS norm stay."""
-    return x if type(layer).__name__ in ("LayerNorm", "RMSNorm") else np.moveaxis(x, 1, -1)
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=named)

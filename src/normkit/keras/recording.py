@@ -42,9 +42,10 @@ def watching(model: Any, layers: Sequence[TrackedLayer], decide: Decide) -> Iter
 
     def watched(number: int, tracked: TrackedLayer) -> Callable[..., Any]:
         call = tracked.layer.call
+        signature = inspect.signature(call)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            named = inspect.signature(call).bind(*args, **kwargs).arguments
+            named = signature.bind(*args, **kwargs).arguments
             found = decide(number, lambda: _measured(tracked, named))
             keep(tracked.layer, as_kept(tracked.layer, found.mean, found.var))
             return call(*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from normkit.core.decay import looks_like_a_norm, undecayed
 from normkit.errors import NormValueError, message
 from normkit.keras.porting import is_norm
 from normkit.keras.probe import check_built
@@ -52,16 +53,7 @@ def _layers(model: Any) -> Iterator[Any]:
 
 def _undecayed(layer: Any, biases: bool) -> Iterator[Any]:
     own = layer._trainable_variables
-    norm = is_norm(layer) or _looks_like_a_norm(layer, own)
+    norm = is_norm(layer) or looks_like_a_norm(type(layer), (variable.shape for variable in own))
     for variable in own:
-        if norm or (not biases and "bias" in variable.name.split("_") and _is_vector(variable)):
+        if undecayed(variable.name, variable.shape, norm=norm, biases=biases):
             yield variable
-
-
-def _looks_like_a_norm(layer: Any, own: list[Any]) -> bool:
-    """Whether a class calls itself a norm and has the weights of one."""
-    return any("norm" in kind.__name__.lower() for kind in type(layer).__mro__) and all(map(_is_vector, own))
-
-
-def _is_vector(variable: Any) -> bool:
-    return sum(length > 1 for length in variable.shape) <= 1

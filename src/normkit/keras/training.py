@@ -175,7 +175,6 @@ def trainer(setup: Setup) -> KerasTrainer:
     Raises NormValueError where this norm or model makes no sense, and where a function of the user's raises, gives
     something else than it must, does not use the norm it was given, or has no place for `after`.
     """
-    _check_backend()
     if not isinstance(setup.model, str):
         return KerasTrainer(_compiled(_built(setup.model, setup), setup), setup.metric)
     # To compile takes longer than to train. So a network of ours is used again where only rate and seed are others,
@@ -282,12 +281,6 @@ def _turned_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _channels_first(shape: tuple[int, ...]) -> bool:
     return len(shape) == 4 and not shape[3] < min(shape[1:3])
-
-
-def _check_backend() -> None:
-    if keras.config.backend() not in ("tensorflow", "jax", "torch"):
-        must = "the backend of Keras must be one that can train"
-        raise NormValueError(message(must, keras.config.backend(), "KERAS_BACKEND=tensorflow, jax or torch"))
 
 
 def _compiled(network: Any, setup: Setup) -> Compiled:

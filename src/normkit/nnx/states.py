@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from normkit.core.decay import looks_like_a_norm, undecayed
 from normkit.nnx.porting import is_norm
 
 __all__ = ["FrozenParam", "freeze", "grouped", "is_frozen", "unfreeze"]
@@ -60,12 +61,12 @@ def unfreeze(model: Any) -> int:
 
 def grouped(model: Any, weight_decay: float, biases: bool) -> Callable[[Any], Any]:
     """See `normkit.surgery.protocol.States`: a function from parameters to the weight decay of each."""
-    norms = {path for path, module in nnx.iter_modules(model) if is_norm(module) or _looks_like_a_norm(module)}
+    norms = {path for path, module in nnx.iter_modules(model) if is_norm(module) or _called_a_norm(module)}
 
     def decay(path: Any, value: Any) -> float:
         *owner, name = (key.key for key in path if hasattr(key, "key"))  # a variable's own value has none
-        bias = not biases and "bias" in str(name).split("_") and _is_vector(value)
-        return 0.0 if tuple(owner) in norms or bias else weight_decay
+        exempt = undecayed(str(name), np.shape(value), norm=tuple(owner) in norms, biases=biases)
+        return 0.0 if exempt else weight_decay
 
     return functools.partial(jax.tree_util.tree_map_with_path, decay)
 
@@ -101,11 +102,6 @@ def _restored(kind: type, attributes: dict[str, Any]) -> Any:
     return layer
 
 
-def _looks_like_a_norm(module: Any) -> bool:
-    """Whether a class calls itself a norm and has the parameters of one."""
-    named = any("norm" in kind.__name__.lower() for kind in type(module).__mro__)
-    return named and all(_is_vector(v.get_value()) for v in vars(module).values() if isinstance(v, nnx.Param))
-
-
-def _is_vector(value: Any) -> bool:
-    return sum(length > 1 for length in np.shape(value)) <= 1
+def _called_a_norm(module: Any) -> bool:
+    own = (value for value in vars(module).values() if isinstance(value, nnx.Param))
+    return looks_like_a_norm(type(module), (np.shape(param.get_value()) for param in own))

@@ -8,25 +8,22 @@ from typing import Any
 import numpy as np
 
 from normkit.core.algebra import Pooled, entropy, merge
-from normkit.core.constraints import Constraint, Flag, Integer, OneOf, Optional, Real, check
+from normkit.core.constraints import Constraint, OneOf, Real, check
 from normkit.core.record import TrackedLayer
 from normkit.errors import NormValueError, message
 from normkit.frameworks import framework_of
 from normkit.surgery import batches
 from normkit.surgery.population import Measure, layers_of, population, replaced, score
 from normkit.surgery.protocol import Recording, recording
-from normkit.surgery.recalibration import measure_of
+from normkit.surgery.recalibration import ARGUMENTS, measure_of
 
 __all__ = ["adapt"]
 
 _ARGUMENTS: dict[str, Constraint] = {
+    **ARGUMENTS,
     "method": OneOf(("statistics", "entropy")),
     "prior": Real(0.0),
     "lr": Real(0.0, above=True),
-    "exact": Flag(),
-    "steps": Optional(Integer(1)),
-    "keep": OneOf(("new", "best")),
-    "return_report": Flag(),
 }
 
 

@@ -11,10 +11,9 @@ import numpy as np
 
 from normkit.core.algebra import fold_after, fold_before, scale_shift
 from normkit.core.record import NormRecord
-from normkit.errors import NormTypeError, message
-from normkit.frameworks import framework_of, part
 from normkit.surgery.graph import LINEAR, Graph, Node
 from normkit.surgery.plan import Edit, Report
+from normkit.surgery.protocol import opened
 from normkit.surgery.sites import Site
 
 __all__ = ["Change", "Fold", "Opened", "fold", "planned"]
@@ -161,11 +160,7 @@ def fold(
           (2): ReLU()
         )
     """
-    framework = framework_of(model)
-    if framework == "nnx":
-        must = "`model` must be a torch.nn.Module, or a Sequential or Functional model of Keras"
-        raise NormTypeError(message(must, f"a model of {framework}"))
-    subject: Opened = part(framework, "folding").opened(model, example)
+    subject: Opened = opened("folding", model, example, frameworks=("torch", "keras"))
     subject.check(inplace, optimizer)
     found = planned(subject)
     folds = [one for one in found if isinstance(one, Fold)]
@@ -193,8 +188,7 @@ def _edit(one: Fold | Edit, rejected: Mapping[int, str]) -> Edit:
 def planned(subject: Opened) -> list[Fold | Edit]:
     """The folds of a model, and an edit that changes nothing for each norm that has none. Nothing is tried yet."""
     plan = _Plan(subject)
-    order = {node.path: node.id for node in reversed(subject.graph.nodes)}
-    for site in sorted(subject.sites, key=lambda site: order.get(site.path, len(order))):
+    for site in sorted(subject.sites, key=lambda site: subject.graph.first_call(site.path)):
         plan.add(site)
     return plan.found
 

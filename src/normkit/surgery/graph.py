@@ -84,6 +84,10 @@ class Graph:
         """The calls of the layer at this path: none, one, or several where it is used again."""
         return tuple(node for node in self.nodes if node.layer and node.path == path)
 
+    def first_call(self, path: str) -> int:
+        """The number of the first node of a module, for an order of paths; past all others where it has none."""
+        return self._first.get(path, len(self.nodes))
+
     def readers(self, state: str) -> tuple[Node, ...]:
         """The nodes that read this parameter or buffer."""
         return self._readers.get(state, ())
@@ -91,6 +95,10 @@ class Graph:
     @cached_property
     def _by_id(self) -> dict[int, Node]:
         return {node.id: node for node in self.nodes}
+
+    @cached_property
+    def _first(self) -> dict[str, int]:
+        return {node.path: node.id for node in reversed(self.nodes)}
 
     @cached_property
     def _consumers(self) -> dict[int, tuple[Node, ...]]:

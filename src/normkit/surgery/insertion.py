@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 from normkit.core.constraints import Constraint, Flag, OneOf, check
-from normkit.errors import NormTypeError, NormValueError, message
-from normkit.frameworks import framework_of
+from normkit.errors import NormValueError, message
 from normkit.surgery.graph import LINEAR, Graph, Node
 from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
+from normkit.surgery.protocol import opened
 from normkit.surgery.sites import Site, named
 
 __all__ = ["Opened", "Place", "insert", "planned"]
@@ -155,12 +155,7 @@ def insert(
     """
     given = {"placement": placement, "init": init, "except_last": except_last, "inplace": inplace}
     check("insert", _ARGUMENTS, {**given, "dry_run": dry_run, "return_report": return_report})
-    framework = framework_of(model)
-    if framework != "torch":
-        raise NormTypeError(message("`model` must be a torch.nn.Module", f"a model of {framework}"))
-    from normkit.torch.insertion import opened
-
-    subject = opened(model, norm, example)
+    subject: Opened = opened("insertion", model, norm, example)
     found = planned(subject, after, placement, except_last)
     places = [one for one, _ in found if one is not None]
     edits = tuple(edit for _, edit in found)
@@ -171,8 +166,9 @@ def insert(
         return report
     if not places:
         must = "`model` must have a linear map that a norm can follow"
-        got = "; ".join(f"{edit.path}: {edit.reason}" for edit in edits[:3]) or f"{type(model).__name__} without any"
-        raise NormValueError(message(must, got, "dry_run=True gives all reasons, after=[path] names a layer"))
+        raise NormValueError(
+            message(must, report.reasons, "dry_run=True gives all reasons, after=[path] names a layer")
+        )
     result, change = subject.finish(places, identity=init == "identity", inplace=inplace, optimizer=optimizer)
     return (result, replace(report, difference=change)) if return_report else result
 
@@ -189,9 +185,8 @@ def planned(
             if node.op in LINEAR:
                 plan.add(node.path, named=False)
     else:
-        order = {node.path: node.id for node in reversed(graph.nodes)}
         chosen = named("after", after, layers, {})
-        for path in sorted(chosen, key=lambda path: order.get(path, len(order))):
+        for path in sorted(chosen, key=graph.first_call):
             plan.add(path, named=chosen[path] == path)
     return plan.found
 

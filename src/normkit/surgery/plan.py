@@ -74,6 +74,11 @@ class Report(Result):
         """What stays as it is, with the reason."""
         return tuple(edit for edit in self.edits if edit.new is None)
 
+    @property
+    def reasons(self) -> str:
+        """The first reasons why layers stay as they are, for an error."""
+        return "; ".join(f"{edit.path}: {edit.reason}" for edit in self.kept[:3]) or f"{self.model} without any"
+
     def table(self) -> Table:
         """One row per edit, below what is to be said of all."""
         rows = [(edit.path, edit.old, edit.new or "stays", edit.reason) for edit in self.edits]

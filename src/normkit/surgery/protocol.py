@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 
 from normkit.core.algebra import Pooled
 from normkit.core.record import NormRecord, TrackedLayer
-from normkit.frameworks import part
+from normkit.errors import NormTypeError, message
+from normkit.frameworks import framework_of, part
 
-__all__ = ["Decide", "Porting", "Recording", "States", "porting", "recording", "states"]
+__all__ = ["Decide", "Porting", "Recording", "States", "opened", "porting", "recording", "states"]
+
+_MODELS = {"torch": "a torch.nn.Module", "keras": "a Sequential or Functional model of Keras"}
 
 
 class Porting(Protocol):
@@ -88,6 +91,15 @@ class States(Protocol):
 
     def grouped(self, model: Any, weight_decay: float, biases: bool) -> Any:
         """See `normkit.param_groups`."""
+
+
+def opened(module: str, model: Any, *arguments: Any, frameworks: Sequence[str] = ("torch",)) -> Any:
+    """A model looked into by `normkit.<framework>.<module>`. Raises NormTypeError for one of another framework."""
+    framework = framework_of(model)
+    if framework not in frameworks:
+        must = f"`model` must be {', or '.join(_MODELS[name] for name in frameworks)}"
+        raise NormTypeError(message(must, f"a model of {framework}"))
+    return part(framework, module).opened(model, *arguments)
 
 
 def recording(framework: str) -> Recording:

@@ -15,9 +15,9 @@ from normkit.surgery import batches
 from normkit.surgery.population import Measure, layers_of, population, replaced, score
 from normkit.surgery.protocol import Recording, recording
 
-__all__ = ["measure_of", "recalibrate"]
+__all__ = ["ARGUMENTS", "measure_of", "recalibrate"]
 
-_ARGUMENTS: dict[str, Constraint] = {
+ARGUMENTS: dict[str, Constraint] = {
     "exact": Flag(),
     "steps": Optional(Integer(1)),
     "keep": OneOf(("new", "best")),
@@ -94,7 +94,7 @@ def recalibrate(
         >>> [(layer.path, layer.values) for layer in report.layers], report.after  # the same data again: no change
         ([('1', 1000)], 0.0)
     """
-    check("recalibrate", _ARGUMENTS, {"exact": exact, "steps": steps, "keep": keep, "return_report": return_report})
+    check("recalibrate", ARGUMENTS, {"exact": exact, "steps": steps, "keep": keep, "return_report": return_report})
     side = recording(framework_of(model))
     layers = layers_of(side, model)
     if exact:

@@ -14,8 +14,8 @@ from normkit.core.constraints import Constraint, Flag, Integer, Optional, check
 from normkit.core.record import NormRecord
 from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormTypeError, NormValueError, message
-from normkit.frameworks import framework_of
 from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
+from normkit.surgery.protocol import opened
 from normkit.surgery.sites import Site, named
 
 __all__ = ["Opened", "remove", "replace", "turned"]
@@ -119,7 +119,7 @@ def replace(
         elif isinstance(new, type) or not callable(new):
             must = "values of `norms` must be short names, or functions from a record to a layer"
             raise NormTypeError(message(must, repr(new)))
-    subject = _opened(model, example)
+    subject: Opened = opened("replacement", model, example)
     chosen = {site.path: None for site in subject.sites} if norms is None else _named(subject, "norms", norms)
 
     def change(site: Site) -> tuple[str, str]:
@@ -176,7 +176,7 @@ def remove(
     """
     flags = {"inplace": inplace, "dry_run": dry_run, "return_report": return_report}
     check("remove", _ARGUMENTS, flags)
-    subject = _opened(model, example)
+    subject: Opened = opened("replacement", model, example)
     chosen = _named(subject, "which", which)
 
     def change(site: Site) -> tuple[str, str]:
@@ -251,15 +251,6 @@ def _carried(old: NormRecord, new: NormRecord) -> str:
     return words if alike else f"{words}; it computes something else"
 
 
-def _opened(model: Any, example: Any) -> Opened:
-    framework = framework_of(model)
-    if framework != "torch":
-        raise NormTypeError(message("`model` must be a torch.nn.Module", f"a model of {framework}"))
-    from normkit.torch.replacement import opened
-
-    return opened(model, example)
-
-
 def _named(subject: Opened, argument: str, keys: Any) -> dict[str, Any]:
     layers = {site.path: subject.layer(site.path) for site in subject.sites}
     return named(argument, keys, layers, {site.path: site.record.kind for site in subject.sites})
@@ -293,7 +284,6 @@ def _finished(
         return report
     if not report.done:
         must = f"`model` must have a norm that can be {verb}d"
-        got = "; ".join(f"{edit.path}: {edit.reason}" for edit in edits[:3]) or f"{type(model).__name__} without any"
-        raise NormValueError(message(must, got))
+        raise NormValueError(message(must, report.reasons))
     result, difference = subject.finish(inplace=inplace, optimizer=optimizer)
     return (result, dataclasses.replace(report, difference=difference)) if return_report else result

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from normkit.core.decay import looks_like_a_norm, undecayed
 from normkit.torch.porting import is_norm
 from normkit.torch.probe import check_sized
 
@@ -87,17 +88,7 @@ def grouped(model: nn.Module, weight_decay: float, biases: bool) -> list[dict[st
 
 def _undecayed(module: nn.Module, biases: bool) -> Iterator[nn.Parameter]:
     own = dict(module.named_parameters(recurse=False))
-    norm = is_norm(module) or _looks_like_a_norm(module)
+    norm = is_norm(module) or looks_like_a_norm(type(module), (parameter.shape for parameter in own.values()))
     for name, parameter in own.items():
-        if norm or (not biases and "bias" in name.split("_") and _is_vector(parameter)):
+        if undecayed(name, parameter.shape, norm=norm, biases=biases):
             yield parameter
-
-
-def _looks_like_a_norm(module: nn.Module) -> bool:
-    """Whether a class calls itself a norm and has the parameters of one: LlamaRMSNorm, GlobalResponseNorm."""
-    named = any("norm" in kind.__name__.lower() for kind in type(module).__mro__)
-    return named and all(map(_is_vector, module.parameters(recurse=False)))
-
-
-def _is_vector(parameter: nn.Parameter) -> bool:
-    return sum(length > 1 for length in parameter.shape) <= 1

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from keras import ops
-from trained_layers import LAYERS, named, trained
+from trained_layers import LAYERS, moved, named, trained
 
 import normkit
 import normkit.keras as ours
@@ -13,11 +13,6 @@ import normkit.torch
 from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormError
 from normkit.keras.porting import read
-
-
-def moved(x, layer):
-    """To Keras' channels last; layer and RMS norm stay."""
-    return x if type(layer).__name__ in ("LayerNorm", "RMSNorm") else np.moveaxis(x, 1, -1)
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=named)
