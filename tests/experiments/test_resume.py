@@ -46,6 +46,8 @@ def start(folder, *more, **options):
     listed = ["--norms", ",".join(NORMS), "--lrs", ",".join(map(str, LRS)), "--seeds", str(SEEDS), "--workers", "2"]
     command = [sys.executable, "-m", "normkit.cli", "compare", "train.py:train", *listed, *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests in the background of a shell: the command inherits it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes, **options)
 
 

@@ -125,11 +125,6 @@ def test_bad_axes(kind, options, words):
         kind(features, **options, rngs=nnx.Rngs(0))(X)
 
 
-def test_debiasing_an_average_that_has_no_first_value():
-    with pytest.raises(NormValueError, match="BatchNorm: `debiased` must go with a momentum"):
-        nk.BatchNorm(6, debiased=True, momentum=None, rngs=nnx.Rngs(0))
-
-
 @pytest.mark.parametrize("package", ["flax", "jax"])
 def test_missing_framework(package):
     code = f"""

@@ -38,7 +38,7 @@ from normkit.core import catalog, formula
 from normkit.core.algebra import groups_for, rate_of
 from normkit.core.axes import Sizes
 from normkit.core.constraints import Constraint, Flag, Integer, Optional, check
-from normkit.core.schedule import MOMENTUM, RenormSchedule
+from normkit.core.schedule import RenormSchedule
 from normkit.core.spec import ARGUMENTS, NormSpec
 from normkit.errors import NormRuntimeError, NormTypeError, NormValueError, message
 from normkit.nnx import _execute
@@ -66,11 +66,7 @@ def _constructor(parent: Any) -> Callable[[Any], Any]:
 
         @functools.wraps(init)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-            given = signature.bind(self, *args, **kwargs).arguments
-            check(type(self).__name__, _CONSTRAINTS, given)
-            if given.get("debiased") and given.get("momentum", MOMENTUM) is None:
-                hint = "momentum=None averages all batches equally and has no first value to take out"
-                raise NormValueError(message(f"{type(self).__name__}: `debiased` must go with a momentum", None, hint))
+            check(type(self).__name__, _CONSTRAINTS, signature.bind(self, *args, **kwargs).arguments)
             init(self, *args, **kwargs)
 
         __init__.__signature__ = signature  # type: ignore[attr-defined]
