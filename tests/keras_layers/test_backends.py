@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,17 +41,22 @@ def run(backend: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-CASES, FOLD = (str(HERE / "cases" / name) for name in ("", "test_keras_fold.py"))
-# The layers, and what changes models, which has a budget of its own.
-PARTS = {"": ("--ignore", FOLD, CASES), "fold ": (FOLD,)}
+ON_MODELS = ("fold", "port", "probe", "states", "training")
 
 
-@pytest.mark.parametrize(("part", "backend"), [pytest.param(p, b, id=f"{p}{b}") for p in PARTS for b in BACKENDS])
-def test_cases(part, backend):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cases(backend):
+    """In two processes at a time: those of the layers, and those of what works on models."""
     available("keras", backend)
-    done = run(backend, "-m", "pytest", *PARTS[part], "-p", "no:cacheprovider")
-    print(f"{backend}: {done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-2000:]}")
-    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+    files = sorted(map(str, (HERE / "cases").glob("test_*.py")))
+    on_models = [file for file in files if file.removesuffix(".py").endswith(ON_MODELS)]
+    halves = [sorted(set(files) - set(on_models)), on_models]
+    with ThreadPoolExecutor(len(halves)) as pool:
+        both = list(pool.map(lambda half: run(backend, "-m", "pytest", *half, "-p", "no:cacheprovider"), halves))
+    for done in both:
+        print(f"{backend}: {done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-2000:]}")
+    for done in both:
+        assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
