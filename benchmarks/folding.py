@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import platform
 import statistics
 import time
@@ -31,11 +32,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "MobileNetV2": lambda: transformers.MobileNetV2Model(transformers.MobileNetV2Config()),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 THREADS = 2
 WARM_UP = 2
 COLUMNS = (
-    "model", "dtype", "batch", "size", "folded", "norms", "unfolded_ms", "folded_ms", "ratio", "lower", "upper",
-    "repetitions", "threads", "processor", "instructions", "torch",
+    "model", "dtype", "layout", "batch", "size", "folded", "norms", "unfolded_ms", "folded_ms", "ratio",
+    "lower", "upper", "repetitions", "threads", "processor", "instructions", "torch",
 )  # fmt: skip
 SHOWN = COLUMNS[: COLUMNS.index("repetitions")]
 
@@ -86,18 +88,20 @@ def processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def row(name: str, dtype: str, arguments: argparse.Namespace) -> dict[str, object]:
+def row(name: str, dtype: str, layout: str, batch: int, arguments: argparse.Namespace) -> dict[str, object]:
     torch.manual_seed(0)
     model = randomized(MODELS[name]())
     changed = folded(model, arguments.size)
-    both = [copy.deepcopy(one).to(DTYPES[dtype]) for one in (model, changed)]
-    x = torch.randn(arguments.batch, 3, arguments.size, arguments.size, dtype=DTYPES[dtype])
+    form = {"dtype": DTYPES[dtype], "memory_format": LAYOUTS[layout]}
+    both = [copy.deepcopy(one).to(**form) for one in (model, changed)]
+    x = torch.randn(batch, 3, arguments.size, arguments.size).to(**form)
     measured = pairs(both[0], both[1], x, arguments.repetitions)
     lower, ratio, upper = statistics.quantiles([after / before for before, after in measured], n=4)
     return {
         "model": name,
         "dtype": dtype,
-        "batch": arguments.batch,
+        "layout": layout,
+        "batch": batch,
         "size": arguments.size,
         "folded": norms(model) - norms(changed),
         "norms": norms(model),
@@ -118,18 +122,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=30, help="pairs of measurements, at least 2")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
-    parser.add_argument("--batch", type=int, default=8, help="images at once")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="images at once")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
-    rows = [row(name, dtype, arguments) for name in arguments.models for dtype in arguments.dtypes]
+    grid = itertools.product(arguments.models, arguments.dtypes, arguments.layouts, arguments.batches)
+    rows = [row(*case, arguments) for case in grid]
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    print(Table(SHOWN, [[str(row[name]) for name in SHOWN] for row in rows], words=2))
+    print(Table(SHOWN, [[str(row[name]) for name in SHOWN] for row in rows], words=3))
 
 
 if __name__ == "__main__":
