@@ -23,6 +23,7 @@ BUDGETS = {
     "experiments": 300,
     "report": 60,
     "surgery": 120,
+    "checks": 120,
     "cli": 60,
     "docs": 60,
     "project": 60,

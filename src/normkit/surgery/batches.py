@@ -9,7 +9,7 @@ from typing import Any
 
 from normkit.errors import NormTypeError, NormValueError, message
 
-__all__ = ["inputs", "labelled", "repeatable", "size"]
+__all__ = ["inputs", "labelled", "raw", "repeatable", "size"]
 
 _CHUNK = 256  # samples of an array that make a batch, at most
 
@@ -21,9 +21,14 @@ def inputs(data: Any, steps: int | None = None) -> Iterator[Any]:
 
 def labelled(data: Any, steps: int | None = None) -> Iterator[tuple[Any, Any]]:
     """Inputs and targets, batch by batch; targets are None where there are none. Data as in :func:`inputs`."""
+    return (parts for _, parts in raw(data, steps))
+
+
+def raw(data: Any, steps: int | None = None) -> Iterator[tuple[Any, tuple[Any, Any]]]:
+    """Every batch as the data gives it, and its inputs and targets as in :func:`labelled`."""
     for batch in itertools.islice(_batches(data), steps):
         parts = batch if isinstance(batch, tuple | list) else (batch,)
-        yield parts[0], parts[1] if len(parts) > 1 else None
+        yield batch, (parts[0], parts[1] if len(parts) > 1 else None)
 
 
 def size(x: Any) -> int:

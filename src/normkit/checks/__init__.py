@@ -1,0 +1,1 @@
+"""`normkit.check`: normalization mistakes, found with evidence before they cost a week."""

@@ -1,0 +1,320 @@
+"""What was seen of a model, as plain values. Rules read these and nothing else, whatever the framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normkit.core.algebra import Pooled, merge
+from normkit.core.record import NormRecord
+from normkit.surgery.graph import Graph
+
+__all__ = ["PARTS", "Call", "Data", "Dependence", "Evidence", "Gap", "Group", "Layer", "Part", "Step"]
+
+# What can be examined, and be missing: a rule names what it needs.
+Part = Literal["layers", "graph", "calls", "trained calls", "gap", "dependence", "step", "optimizer", "data"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+# Norms whose statistics are those of the samples of a batch together.
+_OVER_SAMPLES = frozenset(("batch", "ghost", "renorm", "sync", "frozen"))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One norm layer.
+
+    Attributes:
+        path: where it is registered first.
+        kind: name of its class.
+        record: what it computes, and its values.
+        how: `class` or `probe`, see :class:`normkit.surgery.sites.Site`.
+        training: whether it is in training mode.
+        frozen: whether it keeps its statistics in training too: by `normkit.freeze`, by evaluation mode inside a model
+            in training mode, by `trainable=False` of Keras.
+        momentum: as its framework writes it, None where it has none.
+        dtypes: role (`gamma`, `beta`, `mean`, `var`, `std`) to name of the type (`float32`).
+        trained: whether gamma or beta get gradients; None where it has neither.
+    """
+
+    path: str
+    kind: str
+    record: NormRecord
+    how: Literal["class", "probe"] = "class"
+    training: bool = False
+    frozen: bool = False
+    momentum: float | None = None
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    trained: bool | None = None
+
+    @property
+    def tracks(self) -> bool:
+        """Whether it keeps statistics, by which it normalizes in evaluation."""
+        return bool(self.record.kept)
+
+    @property
+    def over_samples(self) -> bool:
+        """Whether its statistics are those of all samples of a batch together."""
+        return self.record.kind in _OVER_SAMPLES
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a norm layer: what went in.
+
+    Attributes:
+        batch: number of the batch.
+        shape: of the input.
+        dtype: name of its type.
+        count: values behind one statistic, in the smallest group.
+        mean, var: per channel, biased, in float64; None for norms that take statistics of every sample by itself.
+        ratio: the largest |mean| / sqrt(var + eps) of a statistic.
+        largest: the largest |x|, of what is finite.
+        finite: whether all of the input is.
+        padded: share of the positions of sequences that lie in constant runs at their ends; 0 for other inputs.
+    """
+
+    batch: int
+    shape: tuple[int, ...]
+    dtype: str
+    count: int
+    mean: NDArray[Any] | None
+    var: NDArray[Any] | None
+    ratio: float
+    largest: float
+    finite: bool
+    padded: float = 0.0
+
+    @classmethod
+    def of(cls, x: NDArray[Any], record: NormRecord, batch: int, dtype: str, mask: NDArray[Any] | None = None) -> Call:
+        """Measure an input.
+
+        Args:
+            x: as the layer is given it.
+            record: of the layer.
+            batch: number of the batch.
+            dtype: name of the type of the input, which NumPy may not have.
+            mask: True where positions are real, shaped as x without its channels, or broadcastable to that.
+        """
+        finite = np.isfinite(x)
+        whole = bool(finite.all())
+        wide = np.where(finite, x, 0).astype(np.float64) if not whole else np.asarray(x, dtype=np.float64)
+        groups = _grouped(wide, record, mask)
+        mean = groups.mean(axis=-2) if groups.size else np.zeros(groups.shape[-1])
+        var = np.square(groups - mean[..., None, :]).mean(axis=-2) if groups.size else np.zeros(groups.shape[-1])
+        over = record.kind in _OVER_SAMPLES
+        count = groups.shape[-2]
+        if record.kind == "ghost" and record.virtual_batch_size and x.shape[0]:
+            count = count * min(record.virtual_batch_size, x.shape[0]) // x.shape[0]
+        return cls(
+            batch=batch,
+            shape=tuple(x.shape),
+            dtype=dtype,
+            count=int(count),
+            mean=mean if over else None,
+            var=var if over else None,
+            ratio=float((np.abs(mean) / np.sqrt(var + record.eps)).max(initial=0.0)),
+            largest=float(np.abs(wide).max(initial=0.0)),
+            finite=whole,
+            padded=_padded(wide, record.axis) if mask is None else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The same batches in three ways, dropout off in all.
+
+    Attributes:
+        measure: `loss`; or `outputs`, where the numbers are root mean square changes of the outputs against those with
+            the statistics of the batch, over the size of these.
+        batches: how many.
+        train: norms take the statistics of the batch, as in training.
+        eval: norms take what they keep.
+        recalibrated: norms take the population statistics of these batches.
+        error: standard error of the difference of `eval` and `train` over the batches.
+        first: the layer, in the order of the calls, whose kept statistics differ first from those of the data.
+    """
+
+    measure: Literal["loss", "outputs"]
+    batches: int
+    train: float
+    eval: float
+    recalibrated: float
+    error: float
+    first: str | None = None
+
+    @property
+    def closed(self) -> float:
+        """The share of the gap that population statistics close; 0 without a gap."""
+        gap = self.eval - self.train
+        return (self.eval - self.recalibrated) / gap if gap > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """Whether evaluation of a sample depends on the rest of its batch.
+
+    Attributes:
+        change: largest difference of the outputs of samples alone and in their batch, over the largest output.
+        suspects: paths of norms that take statistics of the batch in evaluation.
+    """
+
+    change: float
+    suspects: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: forward and backward on one batch.
+
+    Attributes:
+        updates: by path: how often its statistics were updated.
+        distinct: by path: how many of its calls had inputs of their own; the others repeat one, as checkpointing does.
+        moved: paths of the layers whose kept statistics changed.
+        spread: by path, of layers called on several inputs: the largest distance of their means, in deviations.
+    """
+
+    updates: Mapping[str, int]
+    distinct: Mapping[str, int]
+    moved: frozenset[str]
+    spread: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of parameters of an optimizer.
+
+    Attributes:
+        weight_decay: of the group.
+        lr: learning rate.
+        paths: of its parameters in the model; those that the model has not are missing.
+        foreign: how many parameters it holds that the model has not.
+    """
+
+    weight_decay: float
+    lr: float
+    paths: frozenset[str]
+    foreign: int = 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is known of the data.
+
+    Attributes:
+        sizes: of the batches that were looked at.
+        samples: in the whole data, None where it is not known.
+        batch_size: that the loader is set to, None where it is not known.
+        drop_last: whether a short last batch is left out, None where it is not known.
+        shuffled: whether the order is random, None where it is not known.
+        classes: of each batch that was looked at: class to number of samples; empty where targets are no classes.
+    """
+
+    sizes: tuple[int, ...]
+    samples: int | None = None
+    batch_size: int | None = None
+    drop_last: bool | None = None
+    shuffled: bool | None = None
+    classes: tuple[Mapping[int, int], ...] = ()
+
+    @property
+    def last(self) -> int | None:
+        """The size of the last batch of an epoch, where it is known."""
+        if self.samples is None or not self.batch_size:
+            return None
+        rest = self.samples % self.batch_size
+        return self.batch_size if rest == 0 or self.drop_last else rest
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that was seen. A part that was not examined is missing from `examined`, and `skipped` says why.
+
+    Attributes:
+        framework: `torch` or `keras`.
+        backend: of Keras, else the framework.
+        model: name of the model's class.
+        name: what the user calls it in code, for the lines to paste.
+        data_name: the same for the data.
+        layers: the norms, in the order of their calls where it is known.
+        parameters: by path, whether they get gradients.
+        graph: who feeds whom.
+        calls: by path, in the pass in which norms take the statistics of the batch and dropout is off.
+        trained_calls: by path, in a pass in training mode, dropout on, on the same batches.
+        gap, dependence, step, groups, data: what these parts found.
+        skipped: part to reason.
+    """
+
+    framework: str
+    model: str
+    layers: tuple[Layer, ...]
+    backend: str = ""
+    name: str = "model"
+    data_name: str = "data"
+    parameters: Mapping[str, bool] = field(default_factory=dict)
+    graph: Graph | None = None
+    calls: Mapping[str, Sequence[Call]] = field(default_factory=dict)
+    trained_calls: Mapping[str, Sequence[Call]] = field(default_factory=dict)
+    gap: Gap | None = None
+    dependence: Dependence | None = None
+    step: Step | None = None
+    groups: tuple[Group, ...] = ()
+    data: Data | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def examined(self) -> frozenset[str]:
+        """The parts that were."""
+        return frozenset(PARTS) - self.skipped.keys()
+
+    @cached_property
+    def by_path(self) -> Mapping[str, Layer]:
+        """The layers."""
+        return {layer.path: layer for layer in self.layers}
+
+    @cached_property
+    def population(self) -> Mapping[str, Pooled]:
+        """By path: mean and biased variance of all batches together, of norms over samples that were called."""
+        found = {}
+        for path, calls in self.calls.items():
+            parts = [(call.count, call.mean, call.var) for call in calls if call.mean is not None and call.count]
+            if parts:
+                found[path] = merge(*zip(*parts, strict=True))
+        return found
+
+
+def _grouped(x: NDArray[Any], record: NormRecord, mask: NDArray[Any] | None) -> NDArray[Any]:
+    """The values as (..., behind one statistic, statistics)."""
+    axis = record.axis
+    if record.kind in ("layer", "rms"):
+        axes = len(record.shape)
+        rows = np.moveaxis(x, axis, -1) if axes == 1 else x.reshape(*x.shape[: x.ndim - axes], -1)
+        return rows.reshape(-1, rows.shape[-1]).T
+    rows = np.moveaxis(x, axis, -1)
+    if record.kind in _OVER_SAMPLES:
+        if mask is not None:
+            return rows[np.broadcast_to(mask, rows.shape[:-1])]
+        return rows.reshape(-1, rows.shape[-1])
+    rows = rows.reshape(rows.shape[0], -1, rows.shape[-1])  # sample, position, channel
+    if record.kind == "group" and record.groups:
+        parts = rows.reshape(*rows.shape[:2], record.groups, -1)
+        return np.moveaxis(parts, 2, 3).reshape(rows.shape[0], -1, record.groups)
+    return rows
+
+
+def _padded(x: NDArray[Any], axis: int) -> float:
+    """The share of positions in runs to the end of a sequence in which the values do not change.
+
+    Runs of at least two positions, of at least two lengths: a layer that gives the same everywhere is no padding.
+    """
+    if x.ndim != 3 or x.shape[0] < 2:
+        return 0.0
+    rows = np.moveaxis(x, axis, -1)
+    same = (rows[:, 1:] == rows[:, -1:]).all(axis=-1)[:, ::-1] if rows.shape[1] > 1 else np.zeros((len(rows), 0), bool)
+    runs = np.where(same.all(axis=1), same.shape[1], np.argmin(same, axis=1)) if same.shape[1] else np.zeros(len(rows))
+    runs = np.where(runs >= 2, runs, 0)
+    return float(runs.sum() / (rows.shape[0] * rows.shape[1])) if len(set(runs.tolist())) > 1 else 0.0

@@ -1,0 +1,338 @@
+"""Looking into a model: what a framework has to offer for it, and the passes over the data that make the evidence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normkit.checks.evidence import Call, Data, Dependence, Evidence, Gap, Group, Layer, Part, Step
+from normkit.core.algebra import Pooled, merge, unbiased
+from normkit.errors import NormTypeError, message
+from normkit.frameworks import framework_of, part
+from normkit.surgery import batches
+from normkit.surgery.graph import Graph
+from normkit.surgery.protocol import recording
+
+__all__ = ["Batch", "Examination", "Forward", "Loss", "Mode", "Request", "See", "examination", "examine"]
+
+# How a pass is run: as in training; in evaluation, but for norms that take the statistics of the batch as in training;
+# in evaluation.
+Mode = Literal["train", "batch", "eval"]
+# Called with the path of a norm, its input, the name of that input's type, and its mask, whenever a norm is called.
+See = Callable[[str, NDArray[Any], str, NDArray[Any] | None], None]
+
+Loss = Callable[[Any, Any], Any]  # of outputs and targets
+Forward = Callable[[Any, Any], Any]  # of the model and what the loader gives
+
+_CLASSES = 1000  # more different whole numbers than this are no classes
+
+
+class Batch(NamedTuple):
+    """Inputs, targets or None, and what the loader gave."""
+
+    x: Any
+    y: Any
+    raw: Any
+
+
+class Examination(Protocol):
+    """The module `normkit.<framework>.examination`."""
+
+    def layers(self, model: Any) -> tuple[Layer, ...]:
+        """Every norm layer, once, in the order of registration. Raises NormValueError for a model that is not built."""
+
+    def parameters(self, model: Any) -> Mapping[str, bool]:
+        """Every parameter by its path, and whether it gets gradients."""
+
+    def graph(self, model: Any, x: Any) -> Graph:
+        """Who feeds whom in evaluation."""
+
+    def untouched(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        """Inside, modes, kept statistics and random numbers may change; leaving restores them."""
+
+    def running(
+        self, model: Any, mode: Mode, see: See | None, forward: Forward | None
+    ) -> contextlib.AbstractContextManager[Callable[[Batch], Any]]:
+        """Inside, the result runs the model on a batch and returns its outputs; leaving restores everything."""
+
+    def step(
+        self,
+        model: Any,
+        batch: Batch,
+        loss: Loss | None,
+        forward: Forward | None,
+    ) -> Step:
+        """One forward and backward pass in training mode; gradients and everything else are restored."""
+
+    def groups(self, model: Any, optimizer: Any) -> tuple[Group, ...]:
+        """The parameters that an optimizer holds. Raises NormTypeError for what is none."""
+
+    def optimizer(self, model: Any) -> Any:
+        """The optimizer that the model itself holds, None without."""
+
+    def loss(self, model: Any) -> Loss | None:
+        """The loss that the model itself holds, a function of outputs and targets; None without."""
+
+    def loader(self, data: Any) -> Mapping[str, Any]:
+        """What a loader of the framework says of itself: fields of :class:`Data`."""
+
+
+class Request(NamedTuple):
+    """What is to be examined, as it was given to `normkit.check`."""
+
+    model: Any
+    data: Any
+    optimizer: Any
+    loss: Loss | None
+    forward: Forward | None
+    steps: int
+    tell: Callable[[str], None]
+    data_name: str = "data"
+
+
+def examination(framework: str) -> Examination:
+    """The examination module of a framework. Raises NormTypeError where there is none."""
+    if framework not in ("torch", "keras"):
+        must = "`model` must be a torch.nn.Module or a Keras model"
+        raise NormTypeError(message(must, f"a model of {framework}"))
+    return cast(Examination, part(framework, "examination"))
+
+
+def examine(request: Request) -> Evidence:
+    """See all that can be seen. Raises for a model or data that cannot be run in evaluation; nothing is changed."""
+    model = request.model
+    side = examination(framework_of(model))
+    work = _Work(request, side, side.layers(model))
+    with side.untouched(model):
+        work.run()
+    return work.evidence()
+
+
+@dataclass
+class _Work:
+    request: Request
+    side: Examination
+    layers: tuple[Layer, ...]
+    found: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[Part, str] = field(default_factory=dict)
+    batches: list[Batch] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        request, side = self.request, self.side
+        self.found["parameters"] = side.parameters(request.model)
+        optimizer = request.optimizer if request.optimizer is not None else side.optimizer(request.model)
+        if optimizer is None:
+            self.skipped["optimizer"] = "none was given"
+        else:
+            self.found["groups"] = side.groups(request.model, optimizer)
+        if request.data is None:
+            self.skipped |= dict.fromkeys(("graph", "calls", "trained calls", "gap", "dependence", "step", "data"), "")
+            self.skipped["data"] = "none was given: what depends on it was not looked at"
+            return
+        self._take()
+        if not self.batches:
+            return
+        measure = _Measure(self)  # what fails in evaluation is the user's to know
+        kept = [measure(batch, outputs) for batch, outputs in self._pass("eval", None, "kept statistics")]
+        self._tell("the flow of data")
+        self._attempt("graph", self._graph)
+        self._attempt("gap", lambda: self._statistics(measure, kept))
+        self._attempt("trained calls", self._trained)
+        self._attempt("dependence", self._dependence)
+        self._attempt("step", self._step)
+
+    def evidence(self) -> Evidence:
+        first = {path: number for number, path in enumerate(dict.fromkeys(self.order))}
+        layers = sorted(self.layers, key=lambda layer: first.get(layer.path, len(first)))
+        model = self.request.model
+        framework = framework_of(model)
+        return Evidence(
+            framework=framework,
+            model=type(model).__name__,
+            layers=tuple(layers),
+            data_name=self.request.data_name,
+            skipped={str(part): why for part, why in self.skipped.items()},
+            **self.found,
+        )
+
+    def _tell(self, words: str) -> None:
+        self.request.tell(words)
+
+    def _attempt(self, part: Part, work: Callable[[], None]) -> None:
+        """Let one part of the examination fail without the others: a model that cannot train can be looked at."""
+        try:
+            work()
+        except Exception as error:
+            self.skipped[part] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+    def _take(self) -> None:
+        data = self.request.data
+        batches.repeatable("data", data)
+        for raw, (x, y) in batches.raw(data, self.request.steps):
+            self.batches.append(Batch(x, y, raw))
+        if not self.batches:
+            self.skipped |= dict.fromkeys(("calls", "trained calls", "gap", "dependence", "step"), "the data is empty")
+            return
+        sizes = tuple(batches.size(batch.x) for batch in self.batches)
+        classes = tuple(filter(None, (_classes(batch.y) for batch in self.batches)))
+        known = self.side.loader(data)
+        whole = hasattr(data, "shape") or (isinstance(data, tuple) and all(hasattr(part, "shape") for part in data))
+        if whole and "samples" not in known:
+            known = {"samples": batches.size(data), **known}
+        enough = len(classes) == len(self.batches)
+        self.found["data"] = Data(sizes, classes=classes if enough else (), **known)
+
+    def _graph(self) -> None:
+        if self.request.forward is not None:
+            self.skipped["graph"] = "the model is called by a function of yours"
+            return
+        self.found["graph"] = self.side.graph(self.request.model, self.batches[0].x)
+
+    def _pass(self, mode: Mode, calls: dict[str, list[Call]] | None, name: str) -> Iterator[tuple[Batch, Any]]:
+        """Run all batches in a mode and record the calls of norms."""
+        records = {layer.path: layer.record for layer in self.layers}
+        number = 0
+
+        def see(path: str, x: NDArray[Any], dtype: str, mask: NDArray[Any] | None) -> None:
+            assert calls is not None
+            self.order.append(path)
+            calls.setdefault(path, []).append(Call.of(x, records[path], number, dtype, mask))
+
+        watch = None if calls is None else see
+        with self.side.running(self.request.model, mode, watch, self.request.forward) as forward:
+            for number, batch in enumerate(self.batches):  # `see` reads the number
+                self._tell(f"{name}, batch {number + 1} of {len(self.batches)}")
+                yield batch, forward(batch)
+
+    def _statistics(self, measure: _Measure, kept: list[Any]) -> None:
+        """The same batches with their own statistics, and with those of all of them."""
+        calls: dict[str, list[Call]] = {}
+        self.found["calls"] = calls  # also of a pass that fails at a layer with a single value
+        train = [measure(batch, outputs) for batch, outputs in self._pass("batch", calls, "statistics of batches")]
+        population = self._population(calls)
+        with self._replaced(population):
+            new = [measure(batch, outputs) for batch, outputs in self._pass("eval", None, "population statistics")]
+        self.found["gap"] = measure.gap(train, kept, new, self._first(population))
+
+    def _population(self, calls: Mapping[str, Sequence[Call]]) -> dict[str, Pooled]:
+        found = {}
+        for path, own in calls.items():
+            parts = [(call.count, call.mean, call.var) for call in own if call.mean is not None and call.finite]
+            if parts:
+                found[path] = merge(*zip(*parts, strict=True))
+        return found
+
+    @contextlib.contextmanager
+    def _replaced(self, population: Mapping[str, Pooled]) -> Iterator[None]:
+        """The kept statistics are those of the data, inside."""
+        side = recording(framework_of(self.request.model))
+        changed = [(layer, population.get(layer.path)) for layer in side.tracked(self.request.model)]
+        with self.side.untouched(self.request.model):
+            for layer, moments in changed:
+                if moments is not None and moments.count > 1:
+                    var = unbiased(moments.var, moments.count) if layer.bessel else moments.var
+                    side.keep(layer.layer, side.as_kept(layer.layer, moments.mean, var))
+            yield
+
+    def _first(self, population: Mapping[str, Pooled]) -> str | None:
+        """The first layer in the order of calls whose kept statistics are not those of the data."""
+        from normkit.checks.rules.gap import STALE, stale
+
+        by_path = {layer.path: layer for layer in self.layers}
+        for path in dict.fromkeys(self.order):
+            layer = by_path[path]
+            if layer.tracks and path in population and stale(layer, population[path], STALE) > STALE["share"]:
+                return path
+        return None
+
+    def _trained(self) -> None:
+        calls: dict[str, list[Call]] = {}
+        for _ in self._pass("train", calls, "training mode"):
+            pass
+        self.found["trained_calls"] = calls
+
+    def _dependence(self) -> None:
+        batch = next((batch for batch in self.batches if batches.size(batch.x) > 1), None)
+        if batch is None:
+            self.skipped["dependence"] = "every batch holds one sample"
+            return
+        self._tell("evaluation of single samples")
+        array = recording(framework_of(self.request.model)).array
+        alone = Batch(*(_cut(part) for part in batch))
+        with self.side.running(self.request.model, "eval", None, self.request.forward) as forward:
+            together, single = array(forward(batch)), array(forward(alone))
+        if together.ndim == 0 or len(together) != batches.size(batch.x):
+            self.skipped["dependence"] = "the model does not give one output per sample"
+            return
+        scale = float(np.abs(together).max(initial=0.0)) or 1.0
+        change = float(np.abs(together[:1] - single).max(initial=0.0)) / scale
+        suspects = tuple(layer.path for layer in self.layers if layer.over_samples and not layer.tracks)
+        self.found["dependence"] = Dependence(change, suspects)
+
+    def _step(self) -> None:
+        self._tell("one training step")
+        self.found["step"] = self.side.step(
+            self.request.model, self.batches[0], self.request.loss, self.request.forward
+        )
+
+
+class _Measure:
+    """What a pass is judged by: the loss, or how far outputs are from those of the first pass."""
+
+    def __init__(self, work: _Work) -> None:
+        request = work.request
+        self._loss = request.loss or work.side.loss(request.model)
+        self._side, self._model = recording(framework_of(request.model)), request.model
+
+    def __call__(self, batch: Batch, outputs: Any) -> Any:
+        if self._loss is None and getattr(outputs, "loss", None) is not None:
+            self._loss = lambda outputs, _: outputs.loss  # models of transformers that are given labels
+        if self._loss is None:
+            return self._side.array(outputs)
+        target = None if batch.y is None else self._side.given(self._model, batch.y)
+        return float(self._side.array(self._loss(outputs, target)).mean())
+
+    def gap(self, train: list[Any], kept: list[Any], new: list[Any], first: str | None) -> Gap:
+        if self._loss is not None:
+            differences = np.subtract(kept, train)
+            error = float(differences.std(ddof=1) / np.sqrt(len(train))) if len(train) > 1 else float("inf")
+            values = [float(np.mean(losses)) for losses in (train, kept, new)]
+            return Gap("loss", len(train), values[0], values[1], values[2], error, first)
+        size = _root(train) or 1.0
+        moved = [_root([a - b for a, b in zip(outputs, train, strict=True)]) / size for outputs in (kept, new)]
+        return Gap("outputs", len(train), 0.0, moved[0], moved[1], 0.0, first)
+
+
+def _root(arrays: Sequence[NDArray[Any]]) -> float:
+    """The root of the mean square of all values."""
+    return float(np.sqrt(sum(np.square(y).sum() for y in arrays) / sum(y.size for y in arrays)))
+
+
+def _cut(x: Any) -> Any:
+    """The first sample."""
+    if isinstance(x, Mapping):
+        return {name: _cut(value) for name, value in x.items()}
+    if isinstance(x, tuple | list):
+        return tuple(map(_cut, x))
+    return x[:1] if hasattr(x, "shape") and len(x.shape) else x
+
+
+def _classes(y: Any) -> Mapping[int, int]:
+    """How many samples of each class; empty where targets are no classes."""
+    if not hasattr(y, "shape"):
+        return {}
+    values = np.asarray(y.detach().cpu() if hasattr(y, "detach") else y)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim == 2 and values.size and np.isin(values, (0, 1)).all() and (values.sum(axis=1) == 1).all():
+        values = values.argmax(axis=1)
+    whole = values.ndim == 1 and values.size and values.dtype.kind in "iu"
+    counted = Counter(values.tolist()) if whole else Counter[int]()
+    return dict(counted) if 0 < len(counted) <= _CLASSES else {}

@@ -1,0 +1,3 @@
+"""The rules, in families. Importing this package fills `normkit.checks.rule.RULES`."""
+
+from normkit.checks.rules import gap as gap
