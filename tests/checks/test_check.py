@@ -63,7 +63,7 @@ def test_nothing_changes(training):
     model, optimizer = trained(network(), data())
     model.train(training)
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(*map(torch.cat, zip(*data()))), 16, shuffle=True
+        torch.utils.data.TensorDataset(*map(torch.cat, zip(*data(), strict=True))), 16, shuffle=True
     )
     loss(model(data()[0][0]), data()[0][1]).backward()
     state = {name: value.clone() for name, value in model.state_dict().items()}
