@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import keras
 
 from normkit.core.algebra import Pooled
 from normkit.core.record import NormRecord, TrackedLayer
-from normkit.errors import NormTypeError, NormValueError, message
+from normkit.errors import NormError, NormTypeError, NormValueError, message
 from normkit.keras import porting
 from normkit.keras.factory import norm_layer
 from normkit.keras.graph import Flow, capture, functional, stock
@@ -93,16 +94,19 @@ class _Opened(Subject):
             norm = self._norm(channels, **({"axis": 1} if first else {}))
         if not isinstance(norm, keras.layers.Layer):
             raise NormTypeError(message("`norm` must give a keras.layers.Layer", type(norm).__name__))
-        values = [array(value) for value in norm.variables] if norm.built else None
+        values = [array(variable.value) for variable in norm.variables] if norm.built else None
         if not norm.built:
             with own_errors():
                 norm.build((None, *place.shape[1:]))
-        record = porting.read(norm)
+        record = None
+        with contextlib.suppress(NormError):  # of a kind or along an axis that no record has
+            record = porting.read(norm)
         check_place(record, place)
         path = place.path.removesuffix(_WITHIN)
         layer, name, why = self._by_path.get(path), type(norm).__name__, place.why
         old = type(layer).__name__ if layer is not None else path
-        split = layer if path == place.path and place.side == "output" and _activated(layer) else None
+        activated = path == place.path and place.side == "output" and self.graph.calls(path + _WITHIN)
+        split = layer if activated else None
         if split is not None:
             _check_splits(split)
             name += " and its activation"
@@ -110,9 +114,8 @@ class _Opened(Subject):
         if freed is not None:
             why += "; its bias goes, the norm subtracts it again"
         self._made[place] = _Made(norm, values, record, split, freed)
-        return Edit(
-            path, old, f"{old}, {name} behind it" if place.side == "output" else f"{name} in front of {old}", why
-        )
+        where = f"{old}, {name} behind it" if place.side == "output" else f"{name} in front of {old}"
+        return Edit(path, old, where, why)
 
     def finish(self, places: Sequence[Place], *, identity: bool, inplace: bool, optimizer: Any) -> tuple[Any, float]:
         self.check(inplace, optimizer)
@@ -144,8 +147,9 @@ class _Opened(Subject):
         if identity:
             _calibrate(result, list(norms.values()), self._example)
         for place, one in made.items():
-            record = porting.read(norms[place])
-            if one.freed is not None and record is not None:
+            if one.freed is not None:
+                record = porting.read(norms[place])
+                assert record is not None
                 write(porting, norms[place], without_bias(record, array(self._flow.variables[one.freed].value)))
         return result, self.change(result)
 
@@ -204,11 +208,6 @@ def _operations(model: Any) -> Iterator[Any]:
         yield one
         if functional(one) is not None:
             yield from _operations(one)
-
-
-def _activated(layer: Any) -> bool:
-    own = getattr(layer, "activation", keras.activations.linear)
-    return own is not keras.activations.linear and hasattr(layer, "kernel") | hasattr(layer, "pointwise_kernel")
 
 
 def _check_splits(layer: Any) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 
 from normkit.core import algebra
 from normkit.errors import NormError, NormTypeError, NormValueError, message
+from normkit.keras import layers
+from normkit.keras.factory import GroupNormalization
 from normkit.keras.graph import functional, stock
 from normkit.keras.porting import read
 from normkit.keras.probe import check_built, untouched
@@ -68,9 +70,9 @@ class Subject:
         return algebra.largest_change(evaluated(self._model, self._example), evaluated(result, self._example))
 
 
-def sites(layers: Mapping[int, Any], paths: Mapping[int, str]) -> Iterator[Site]:
+def sites(known: Mapping[int, Any], paths: Mapping[int, str]) -> Iterator[Site]:
     """The norms among layers, by their paths; one without a path, which another layer calls, by Keras' own."""
-    for number, layer in layers.items():
+    for number, layer in known.items():
         record = None
         if stock(type(layer)) and layer.built:
             with contextlib.suppress(NormError):  # along an axis that is neither the first nor the last of features
@@ -98,11 +100,12 @@ def like(layer: Any, name: str, old: Any) -> Any:
         NormTypeError: where it cannot be made from its config.
     """
     try:
-        config = layer.get_config()
         changes: dict[str, Any] = {"name": name, "dtype": old.dtype_policy}
         if not old.trainable:
             changes["trainable"] = False
-        return type(layer).from_config({**config, **changes})
+        # One that chooses its groups by the input has done so by now.
+        kind = layers.GroupNormalization if isinstance(layer, GroupNormalization) else type(layer)
+        return kind.from_config({**layer.get_config(), **changes})
     except Exception as error:
         must = f"a new layer must be one that can be made from its config ({error})"
         raise NormTypeError(message(must, type(layer).__name__, "give the class a `get_config`")) from error
@@ -184,9 +187,10 @@ class _Building:
                 stack.append(type(layer).from_config(layer.get_config()))
                 continue
             path = self._paths.get(id(layer), "")
-            new = self.made.get(id(layer)) or self.made.setdefault(id(layer), self._twin(layer))
+            if id(layer) not in self.made:
+                self.made[id(layer)] = self._twin(layer)
             front = [self._changes.front[path]] if path in self._changes.front else []
-            stack += [*front, new, *self._changes.behind.get(path, ())]
+            stack += [*front, self.made[id(layer)], *self._changes.behind.get(path, ())]
         new = keras.Sequential(stack, name=model.name)
         if not new.built:  # without an Input
             new.build(model.input_shape)
