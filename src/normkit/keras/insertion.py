@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 
 from normkit.core.algebra import Pooled
 from normkit.core.record import NormRecord, TrackedLayer
@@ -144,13 +145,15 @@ class _Opened(Subject):
         for place, one in made.items():
             for target, value in zip(norms[place].variables if one.values else (), one.values or (), strict=True):
                 target.assign(value)
+        freed = {place: one.freed for place, one in made.items() if one.freed is not None}
+        biases = {place: array(self._flow.variables[path].value) for place, path in freed.items()}
         if identity:
-            _calibrate(result, list(norms.values()), self._example)
-        for place, one in made.items():
-            if one.freed is not None:
+            _calibrate(result, [(norms[place], biases.get(place)) for place in places], self._example)
+        else:
+            for place, bias in biases.items():
                 record = porting.read(norms[place])
                 assert record is not None
-                write(porting, norms[place], without_bias(record, array(self._flow.variables[one.freed].value)))
+                write(porting, norms[place], without_bias(record, bias))
         return result, self.change(result)
 
     def _norm_for(self, place: Place, names: set[str]) -> Any:
@@ -236,22 +239,25 @@ def _unused(name: str, names: set[str]) -> str:
     return free
 
 
-def _calibrate(model: Any, norms: Sequence[Any], example: Any) -> None:
-    """Make each norm give in evaluation what comes in, by the statistics of the example."""
+def _calibrate(model: Any, norms: Sequence[tuple[Any, np.ndarray | None]], example: Any) -> None:
+    """Make each norm give in evaluation what comes in, by the statistics of the example, with the bias that is gone."""
     seen: dict[int, NormRecord] = {}
 
     def decide(number: int, measure: Callable[[], Pooled]) -> Pooled:
-        record = porting.read(norms[number])
+        norm, bias = norms[number]
+        record, found = porting.read(norm), measure()
         assert record is not None
-        found = measure()
-        seen[number] = as_identity(record, found)
-        write(porting, norms[number], seen[number])  # so that the norms behind it are given what they will be given
+        if bias is None:
+            seen[number] = as_identity(record, found)
+        else:
+            seen[number] = without_bias(as_identity(record, found._replace(mean=found.mean + bias)), bias)
+        write(porting, norm, seen[number])  # so that the norms behind it are given what they will be given
         var = seen[number].variance()
         assert var is not None
         return Pooled(found.count, found.mean, var)
 
-    layers = [TrackedLayer(norm.name, norm, norm.epsilon, False) for norm in norms]
+    layers = [TrackedLayer(norm.name, norm, norm.epsilon, False) for norm, _ in norms]
     with watching(model, layers, decide) as run:
         run(example)
     for number, record in seen.items():
-        write(porting, norms[number], record)
+        write(porting, norms[number][0], record)
