@@ -13,7 +13,7 @@ from normkit.core.algebra import fold_after, fold_before, scale_shift
 from normkit.core.record import NormRecord
 from normkit.surgery.graph import LINEAR, Graph, Node
 from normkit.surgery.plan import Edit, Report
-from normkit.surgery.protocol import opened
+from normkit.surgery.protocol import Subject, opened
 from normkit.surgery.sites import Site
 
 __all__ = ["Change", "Fold", "Opened", "fold", "planned"]
@@ -66,15 +66,11 @@ class Fold:
         return Edit(self.site.path, str(self.site), new, where, tuple(change.weight for change in self.changes))
 
 
-class Opened(Protocol):
+class Opened(Subject, Protocol):
     """A model that was looked into: `normkit.<framework>.folding.opened`."""
 
     graph: Graph
     sites: tuple[Site, ...]
-    without_optimizer: str  # what is to be said of optimizers where none is given
-
-    def check(self, inplace: bool, optimizer: Any) -> None:
-        """Raise where the framework cannot do that."""
 
     def run(self, node: Node, values: Mapping[int, Any]) -> Any:
         """Apply the function of a node to other values; None where it cannot be run."""

@@ -14,8 +14,9 @@ from normkit.core.constraints import Constraint, Flag, Integer, Optional, check
 from normkit.core.record import NormRecord
 from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormTypeError, NormValueError, message
-from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
-from normkit.surgery.protocol import opened
+from normkit.frameworks import is_layer
+from normkit.surgery.plan import Edit, Report
+from normkit.surgery.protocol import Subject, opened
 from normkit.surgery.sites import Site, named
 
 __all__ = ["Opened", "remove", "replace", "turned"]
@@ -29,7 +30,7 @@ _ARGUMENTS: dict[str, Constraint] = {
 }
 
 
-class Opened(Protocol):
+class Opened(Subject, Protocol):
     """A model that was looked into: `normkit.<framework>.replacement.opened`."""
 
     sites: tuple[Site, ...]
@@ -116,10 +117,11 @@ def replace(
     for new in (norms or {}).values():
         if isinstance(new, str):
             find(new)
-        elif isinstance(new, type) or not callable(new):
+        elif isinstance(new, type) or is_layer(new) or not callable(new):
             must = "values of `norms` must be short names, or functions from a record to a layer"
             raise NormTypeError(message(must, repr(new)))
-    subject: Opened = opened("replacement", model, example)
+    subject: Opened = opened("replacement", model, example, frameworks=("torch", "keras"))
+    subject.check(inplace, optimizer)
     chosen = {site.path: None for site in subject.sites} if norms is None else _named(subject, "norms", norms)
 
     def change(site: Site) -> tuple[str, str]:
@@ -176,7 +178,8 @@ def remove(
     """
     flags = {"inplace": inplace, "dry_run": dry_run, "return_report": return_report}
     check("remove", _ARGUMENTS, flags)
-    subject: Opened = opened("replacement", model, example)
+    subject: Opened = opened("replacement", model, example, frameworks=("torch", "keras"))
+    subject.check(inplace, optimizer)
     chosen = _named(subject, "which", which)
 
     def change(site: Site) -> tuple[str, str]:
@@ -278,7 +281,7 @@ def _finished(
     return_report: bool,
     optimizer: Any,
 ) -> Any:
-    notes = (OLD_OPTIMIZER,) if optimizer is None else ()
+    notes = (subject.without_optimizer,) if optimizer is None else ()
     report = Report(verb, type(model).__name__, None, tuple(edits), notes)
     if dry_run:
         return report

@@ -19,6 +19,7 @@ from normkit.torch.insertion import take_out
 from normkit.torch.probe import as_tensors, forward, untouched
 from normkit.torch.sites import sites
 from normkit.torch.surgery import (
+    Subject,
     carry,
     check_plain,
     check_runs,
@@ -57,7 +58,7 @@ def opened(model: nn.Module, example: Any) -> _Opened:
     return _Opened(model, example)
 
 
-class _Opened:
+class _Opened(Subject):
     """See `normkit.surgery.replacement.Opened`."""
 
     def __init__(self, model: nn.Module, example: Any) -> None:
