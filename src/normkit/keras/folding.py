@@ -16,7 +16,7 @@ from normkit.keras.graph import capture, functional, stock
 from normkit.keras.porting import read
 from normkit.keras.probe import as_arrays, check_built, untouched
 from normkit.keras.recording import array, given
-from normkit.surgery.folding import Fold
+from normkit.surgery.folding import Fold, changed, resembling, settled
 from normkit.surgery.graph import Node
 from normkit.surgery.sites import Site
 
@@ -74,20 +74,7 @@ class _Opened:
             raise NormValueError(message(must, type(optimizer).__name__, "compile the result"))
 
     def settle(self, folds: Sequence[Fold]) -> dict[int, str]:
-        if not folds:
-            return {}
-        trial = _Trial(self, self._example)
-        if trial.difference(folds) is None:
-            return {}
-        accepted: list[Fold] = []
-        rejected = {}
-        for number, fold in enumerate(folds):
-            reason = trial.difference([*accepted, fold])
-            if reason is None:
-                accepted.append(fold)
-            else:
-                rejected[number] = reason
-        return rejected
+        return settled(folds, _Trial(self, self._example).difference) if folds else {}
 
     def finish(self, folds: Sequence[Fold], *, inplace: bool, optimizer: Any) -> tuple[Any, float]:
         self.check(inplace, optimizer)
@@ -159,24 +146,7 @@ class _Opened:
 
     def _values(self, folds: Sequence[Fold]) -> dict[str, np.ndarray | None]:
         """What the folds change: new values by path, None for a bias that goes."""
-        values: dict[str, np.ndarray | None] = {}
-
-        def value(path: str | None) -> np.ndarray | None:
-            if path in values:
-                return values[path]
-            return self._value(path) if path is not None and path in self._flow.variables else None
-
-        for change in (change for fold in folds for change in fold.changes):
-            if change.side == "bias":
-                assert change.bias is not None
-                values[change.bias] = None
-                continue
-            weight = value(change.weight)
-            assert weight is not None
-            values[change.weight], shifted = change.applied(weight, value(change.bias))
-            if shifted is not None:
-                assert change.bias is not None
-                values[change.bias] = shifted
+        values = changed(folds, lambda path: self._value(path) if path in self._flow.variables else None)
         return {path: None if found is None else self._as_kept(path, found) for path, found in values.items()}
 
     def _value(self, state: str) -> np.ndarray:
@@ -214,7 +184,7 @@ class _Trial:
             else:
                 self._before, self._given = [before], [example]
                 break
-        other = keras.tree.map_structure(_random, as_arrays(example))
+        other = keras.tree.map_structure(resembling, as_arrays(example))
         if self._given:
             with contextlib.suppress(Exception):  # the model may not take any inputs: special tokens must be in place
                 self._before.append(_outputs(subject.rebuilt((), self._type), other))
@@ -236,16 +206,6 @@ class _Trial:
 def _outputs(model: Any, example: Any) -> list[np.ndarray]:
     with untouched(model):
         return [array(output) for output in keras.tree.flatten(model(given(model, example), training=False))]
-
-
-def _random(part: Any) -> Any:
-    """Like the example: floating point values of its mean and deviation, others of its own in another order."""
-    if not isinstance(part, np.ndarray) or not part.size:
-        return part
-    rng = np.random.default_rng(0)
-    if part.dtype.kind == "f":
-        return (part.mean() + (part.std() or 1.0) * rng.normal(size=part.shape)).astype(part.dtype)
-    return rng.permutation(part.ravel()).reshape(part.shape)
 
 
 def _call(layer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from normkit.core.constraints import Constraint, Flag, Integer, Optional, check
 from normkit.core.record import NormRecord
 from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormTypeError, NormValueError, message
-from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
+from normkit.surgery.plan import Edit, Report
 from normkit.surgery.protocol import opened
 from normkit.surgery.sites import Site, named
 
@@ -33,6 +33,10 @@ class Opened(Protocol):
     """A model that was looked into: `normkit.<framework>.replacement.opened`."""
 
     sites: tuple[Site, ...]
+    without_optimizer: str  # what is to be said of optimizers where none is given
+
+    def check(self, optimizer: Any) -> None:
+        """Raise where the framework cannot take an optimizer along."""
 
     def layer(self, path: str) -> Any:
         """The layer itself."""
@@ -78,7 +82,7 @@ def replace(
     Parameters that the new layer has too stay the same objects, as do hooks.
 
     Args:
-        model: a torch.nn.Module.
+        model: a torch.nn.Module or an nnx.Module.
         norms: what becomes what. Keys: a short name of the catalog, the class of a layer, the path of a layer, a
             function of (path, layer); a path counts before a class or function, these before a short name. Values: a
             short name, or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer, whose own
@@ -90,13 +94,14 @@ def replace(
         inplace: change the model itself, all of it or nothing.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
-        optimizer: made for this model; its groups and state move to the parameters of the result.
+        optimizer: made for this model; its groups and state move to the parameters of the result. PyTorch only: make a
+            new nnx.Optimizer.
 
     Returns:
         A new model, in the modes it had. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for what is no PyTorch model, keys and values of another type.
+        NormTypeError: for a model of another framework, keys and values of another type.
         NormValueError: for unknown names, keys that mean no norm of the model, and where no norm can be replaced.
 
     Example:
@@ -119,7 +124,7 @@ def replace(
         elif isinstance(new, type) or not callable(new):
             must = "values of `norms` must be short names, or functions from a record to a layer"
             raise NormTypeError(message(must, repr(new)))
-    subject: Opened = opened("replacement", model, example)
+    subject: Opened = opened("replacement", model, example, frameworks=("torch", "nnx"))
     chosen = {site.path: None for site in subject.sites} if norms is None else _named(subject, "norms", norms)
 
     def change(site: Site) -> tuple[str, str]:
@@ -152,19 +157,20 @@ def remove(
     outputs, where that is possible.
 
     Args:
-        model: a torch.nn.Module.
+        model: a torch.nn.Module or an nnx.Module.
         which: short names of the catalog, classes, paths and functions of (path, layer), one or a list of them.
         example: inputs that the model takes, to measure the change.
         inplace: change the model itself, all of it or nothing.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
-        optimizer: made for this model; its groups and state move to the parameters of the result.
+        optimizer: made for this model; its groups and state move to the parameters of the result. PyTorch only: make a
+            new nnx.Optimizer.
 
     Returns:
         A new model, in the modes it had. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for what is no PyTorch model, entries of another type.
+        NormTypeError: for a model of another framework, entries of another type.
         NormValueError: for entries that mean no norm of the model.
 
     Example:
@@ -176,7 +182,7 @@ def remove(
     """
     flags = {"inplace": inplace, "dry_run": dry_run, "return_report": return_report}
     check("remove", _ARGUMENTS, flags)
-    subject: Opened = opened("replacement", model, example)
+    subject: Opened = opened("replacement", model, example, frameworks=("torch", "nnx"))
     chosen = _named(subject, "which", which)
 
     def change(site: Site) -> tuple[str, str]:
@@ -278,7 +284,8 @@ def _finished(
     return_report: bool,
     optimizer: Any,
 ) -> Any:
-    notes = (OLD_OPTIMIZER,) if optimizer is None else ()
+    subject.check(optimizer)
+    notes = (subject.without_optimizer,) if optimizer is None else ()
     report = Report(verb, type(model).__name__, None, tuple(edits), notes)
     if dry_run:
         return report
