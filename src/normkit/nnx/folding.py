@@ -129,7 +129,7 @@ class _Trial:
         self._before: list[list[np.ndarray]] = []
         self._given: list[Any] = []
         self._failed = ""
-        arrays = jax.tree.map(lambda x: np.asarray(x) if hasattr(x, "dtype") else x, as_arrays(example, model))
+        arrays = jax.tree.map(self._wide, as_arrays(example, model))
         for given in (arrays, jax.tree.map(resembling, arrays)):
             try:
                 self._before.append(self._outputs((), given))
@@ -149,11 +149,18 @@ class _Trial:
         worst = max(itertools.starmap(largest_change, zip(self._before, after, strict=True)))
         return None if worst <= _CLOSE[self._type] else f"folded, the outputs change by {worst:.1e} of the largest"
 
+    def _wide(self, part: Any) -> Any:
+        if not hasattr(part, "dtype"):
+            return part
+        return np.asarray(part, dtype=self._type if jnp.issubdtype(part.dtype, jnp.floating) else None)
+
     def _outputs(self, folds: Sequence[Fold], given: Any) -> list[np.ndarray]:
         copy = nnx.clone(self._model)
         _widen(copy, self._type)
         self._subject.apply(copy, folds)
-        with jax.default_matmul_precision("highest"):  # some devices round float32 for products
+        if jax.default_backend() == "cpu":  # another setting, and all that JAX has compiled is compiled again
+            return evaluated(copy, given)
+        with jax.default_matmul_precision("highest"):  # other devices may round float32 for products
             return evaluated(copy, given)
 
 
