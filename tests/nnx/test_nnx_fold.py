@@ -161,7 +161,8 @@ def test_norms_go_into_the_maps_behind_them(case):
     folded, report = check(nnx.Sequential(*stack()), shape, changed=1)
     assert not report.kept
     for norm in norms(folded):  # layer, RMS and group norm stay, without gamma and beta
-        assert norm.scale is None and norm.use_scale is False
+        assert norm.scale is None
+        assert norm.use_scale is False
         assert getattr(norm, "bias", None) is None
 
 
@@ -211,7 +212,9 @@ def checkpointed(model, x):
 
 
 def test_compiled_and_checkpointed_parts_are_looked_into():
-    model = network(lambda m, x: checkpointed(m, compiled(m, x)), first=linear(), norm=batch(), last=linear(), other=batch())
+    model = network(
+        lambda m, x: checkpointed(m, compiled(m, x)), first=linear(), norm=batch(), last=linear(), other=batch()
+    )
     model(drawn(ROWS))  # what JAX keeps of this call knows nothing of the layers
     check(model, changed=2)
 
@@ -225,7 +228,7 @@ def heads(model, x):
 def test_several_maps_behind_one_norm_and_several_axes():
     maps = nnx.Dict({name: general(C, (2, 2)) for name in ("query", "key", "value")})
     model = network(heads, norm=layer(), maps=maps, out=general((2, 2), C, axis=(-2, -1)))
-    folded, report = check(model, changed=1)
+    _folded, report = check(model, changed=1)
     assert report.done[0].into == tuple(f"maps.{name}.kernel" for name in ("query", "key", "value"))
     behind = network(lambda m, x: m.out(m.norm(x).reshape(2, 2, 2)), norm=batch(), out=general((2, 2), C, axis=(1, 2)))
     check(behind, changed=1)
@@ -247,6 +250,10 @@ REFUSED = {
     "norm is called with use_running_average=False": (lambda m, x: m.norm(m.map(x), use_running_average=False)),
     "pad before it adds zeros": (lambda m, x: m.norm(jnp.pad(m.map(x), ((1, 1), (0, 0))))),
     "cond is before it": branches,
+    "it is not called as a layer": (lambda m, x: jax.vmap(lambda x: m.norm(m.map(x)))(x[None])[0]),
+    "norm is also called in a loop, or under jax.vmap": (
+        lambda m, x: m.norm(m.map(x)) + jax.vmap(lambda x: m.norm(x))(x[None])[0]
+    ),
 }  # fmt: skip
 
 
@@ -335,7 +342,7 @@ def test_an_exception_in_the_middle_changes_nothing(monkeypatch, error):
     state, x = values(model), drawn(ROWS)
     before, held = np.asarray(model(x)), list(model.pair)
     subject = folding.opened(model, x)
-    folds = [one for one in normkit.surgery.folding.planned(subject)]
+    folds = list(normkit.surgery.folding.planned(subject))
     after = folding.evaluated
     monkeypatch.setattr(folding, "evaluated", broken)
     with pytest.raises(error):
@@ -343,7 +350,8 @@ def test_an_exception_in_the_middle_changes_nothing(monkeypatch, error):
     monkeypatch.setattr(folding, "evaluated", after)
     assert same(values(model), state)
     assert all(one is other for one, other in zip(model.pair, held, strict=True))
-    assert model.pair[0].bias is None and model.pair[0].use_bias is False
+    assert model.pair[0].bias is None
+    assert model.pair[0].use_bias is False
     np.testing.assert_array_equal(model(x), before)
 
 

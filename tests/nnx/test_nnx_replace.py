@@ -26,7 +26,7 @@ class Network(nnx.Module):
         self.inner = nnx.List([nnx.LayerNorm(C, rngs=RNGS), nnx.Dict(again=nnx.RMSNorm(C, rngs=RNGS))])
         self.held = nnx.data([self.inner[0]])
         rng = np.random.default_rng(1)
-        for path, variable in nnx.iter_graph(self):
+        for _path, variable in nnx.iter_graph(self):
             if isinstance(variable, nnx.Param | nnx.BatchStat):
                 drawn = rng.uniform(0.5, 1.5, size=variable.shape)
                 variable.set_value(jax.numpy.asarray(drawn, variable.dtype))
@@ -85,7 +85,8 @@ def test_accelerated_gives_ours_with_the_same_numbers(options):
     other = normkit.replace(model, accelerated=True)
     assert close(before, output(other))
     kinds = [type(layer) for _, layer in nnx.iter_modules(other) if "Norm" in type(layer).__name__]
-    assert kinds and all(kind.__module__ == "normkit.nnx.layers" for kind in kinds)
+    assert kinds
+    assert all(kind.__module__ == "normkit.nnx.layers" for kind in kinds)
     mine, its = (jax.tree.leaves(nnx.state(one)) for one in (model, other))
     assert all(np.array_equal(a, b) for a, b in zip(mine, its, strict=True))
     for name in ("momentum", "epsilon", "axis", "use_bias"):

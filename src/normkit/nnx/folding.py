@@ -110,7 +110,9 @@ class _Opened:
                     _drop([norm], getattr(norm, name, None), name)
 
     def _as_called(self, site: Site, layer: Any) -> Site:
-        """Whether a norm evaluates is also a matter of what it is called with."""
+        """Whether a norm evaluates is also a matter of what it is called with; each call has to be a node."""
+        if len(self._flow.asked.get(site.path, ())) > max(1, len(self.graph.calls(site.path))):
+            self._flow.obstacles[site.path] = f"{site.path} is also called in a loop, or under jax.vmap"
         if not site.record.kept or is_frozen(layer):
             return site
         asked = self._flow.asked.get(site.path, [])

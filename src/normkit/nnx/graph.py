@@ -372,8 +372,12 @@ def _given(variable: Any, value: Any) -> _Value:
 
 
 def _numbers(scope: str) -> Iterator[re.Match[str]]:
-    """The calls around an operation, from the outside. What a transform maps is no plain call: `vmap(normkit7)`."""
-    return re.finditer(rf"(?<![^/]){_SCOPE}(\d+)(?![^/])", scope)
+    """The calls around an operation, from the outside; none below a transform, which is `vmap(...)` in a scope.
+
+    There a layer sees other axes than the operation has.
+    """
+    plain, transformed, _ = scope.partition("(")
+    return re.finditer(rf"(?<![^/]){_SCOPE}(\d+)(?![^/])", plain.rpartition("/")[0] if transformed else plain)
 
 
 def _activation(equation: JaxprEqn) -> str | None:
