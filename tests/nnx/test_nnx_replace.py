@@ -129,7 +129,7 @@ def test_a_function_may_make_the_layer():
     made = Identity()
     model = normkit.replace(Network(), {"norm": lambda record: made})
     assert model.norm is made
-    with pytest.raises(NormError, match="must give an nnx.Module"):
+    with pytest.raises(NormError, match=r"must give an nnx\.Module"):
         normkit.replace(Network(), {"norm": lambda record: 1})
 
 

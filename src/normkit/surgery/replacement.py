@@ -79,7 +79,8 @@ def replace(
     something different; with an `example` the report says by how much the outputs change. A norm that keeps statistics
     where the old one did not starts them at mean 0 and variance 1: train it, or `normkit.recalibrate` it.
 
-    Parameters that the new layer has too stay the same objects, as do hooks.
+    Parameters that the new layer has too stay the same objects, as do hooks. In NNX the new layer is frozen, and trains or
+    evaluates, as the old one did; subclasses with a `__call__` of their own are passed over.
 
     Args:
         model: a torch.nn.Module or an nnx.Module.
@@ -87,8 +88,8 @@ def replace(
             function of (path, layer); a path counts before a class or function, these before a short name. Values: a
             short name, or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer, whose own
             values then count.
-        accelerated: in place of `norms`: torch.nn's own classes, and RMS and layer norms that a probe recognizes,
-            become ours, with the same numbers, parameters and `state_dict`. Other subclasses stay.
+        accelerated: in place of `norms`: the own classes of torch.nn or Flax, and RMS and layer norms of PyTorch that a
+            probe recognizes, become ours, with the same numbers, parameters and `state_dict`. Other subclasses stay.
         example: inputs that the model takes, to measure the change.
         groups: of new group norms; None takes at most 32, that divide the channels.
         inplace: change the model itself, all of it or nothing.
