@@ -124,7 +124,6 @@ BEFORE = {
     "renorm": (lambda: [linear(), nk.BatchRenorm(C, rngs=RNGS)], ROWS),
     "two in a row": (lambda: [linear(), batch(), batch()], ROWS),
     "frozen": (lambda: [linear(), normkit.freeze(nnx.Sequential(batch())).layers[0]], ROWS),
-    "no batch axis": (lambda: [conv((2,)), batch()], (6, C)),
 }  # fmt: skip
 
 
@@ -148,7 +147,6 @@ BEHIND = {
         lambda: [batch(), lambda x: x[:, ::-1].reshape(len(x), -1), nnx.Linear(6 * C, 3, rngs=RNGS)], SIGNAL,
     ),
     "layer norm": (lambda: [layer(), linear(use_bias=False)], ROWS),
-    "layer norm, several heads": (lambda: [layer(), general(C, (3, 2))], ROWS),
     "layer norm, einsum": (lambda: [layer(), einsum("bc,dch->bhd", (3, C, 2))], ROWS),
     "RMS norm, padding": (lambda: [nnx.RMSNorm(C, rngs=RNGS), conv()], IMAGE),
     "RMS norm, transposed": (lambda: [nnx.RMSNorm(C, rngs=RNGS), transposed(transpose_kernel=True)], IMAGE),

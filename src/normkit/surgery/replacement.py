@@ -79,8 +79,8 @@ def replace(
     something different; with an `example` the report says by how much the outputs change. A norm that keeps statistics
     where the old one did not starts them at mean 0 and variance 1: train it, or `normkit.recalibrate` it.
 
-    Parameters that the new layer has too stay the same objects, as do hooks. In NNX the new layer is frozen, and trains or
-    evaluates, as the old one did; subclasses with a `__call__` of their own are passed over.
+    Parameters that the new layer has too stay the same objects, as do hooks. In NNX the new layer is frozen, and trains
+    or evaluates, as the old one did; subclasses with a `__call__` of their own are passed over.
 
     Args:
         model: a torch.nn.Module or an nnx.Module.
