@@ -15,7 +15,7 @@ from normkit.keras.graph import capture
 from normkit.keras.probe import as_arrays
 from normkit.keras.recording import array, given
 from normkit.keras.surgery import Changes, Subject, check_runs, evaluated, rebuilt, sites
-from normkit.surgery.folding import Fold
+from normkit.surgery.folding import Fold, changed, resembling, settled
 from normkit.surgery.graph import Node
 
 __all__ = ["opened"]
@@ -55,20 +55,7 @@ class _Opened(Subject):
         return self._flow.obstacles.get(norm)
 
     def settle(self, folds: Sequence[Fold]) -> dict[int, str]:
-        if not folds:
-            return {}
-        trial = _Trial(self, self._example)
-        if trial.difference(folds) is None:
-            return {}
-        accepted: list[Fold] = []
-        rejected = {}
-        for number, fold in enumerate(folds):
-            reason = trial.difference([*accepted, fold])
-            if reason is None:
-                accepted.append(fold)
-            else:
-                rejected[number] = reason
-        return rejected
+        return settled(folds, _Trial(self, self._example).difference) if folds else {}
 
     def finish(self, folds: Sequence[Fold], *, inplace: bool, optimizer: Any) -> tuple[Any, float]:
         self.check(inplace, optimizer)
@@ -110,24 +97,7 @@ class _Opened(Subject):
 
     def _values(self, folds: Sequence[Fold]) -> dict[str, np.ndarray | None]:
         """What the folds change: new values by path, None for a bias that goes."""
-        values: dict[str, np.ndarray | None] = {}
-
-        def value(path: str | None) -> np.ndarray | None:
-            if path in values:
-                return values[path]
-            return self._value(path) if path is not None and path in self._flow.variables else None
-
-        for change in (change for fold in folds for change in fold.changes):
-            if change.side == "bias":
-                assert change.bias is not None
-                values[change.bias] = None
-                continue
-            weight = value(change.weight)
-            assert weight is not None
-            values[change.weight], shifted = change.applied(weight, value(change.bias))
-            if shifted is not None:
-                assert change.bias is not None
-                values[change.bias] = shifted
+        values = changed(folds, lambda path: self._value(path) if path in self._flow.variables else None)
         return {path: None if found is None else self._as_kept(path, found) for path, found in values.items()}
 
     def _value(self, state: str) -> np.ndarray:
@@ -165,7 +135,7 @@ class _Trial:
             else:
                 self._before, self._given = [before], [example]
                 break
-        other = keras.tree.map_structure(_random, as_arrays(example))
+        other = keras.tree.map_structure(resembling, as_arrays(example))
         if self._given:
             with contextlib.suppress(Exception):  # the model may not take any inputs: special tokens must be in place
                 self._before.append(evaluated(subject.rebuilt((), self._type), other))
@@ -182,13 +152,3 @@ class _Trial:
             return f"folded, the model fails: {type(error).__name__}"
         worst = max(itertools.starmap(largest_change, zip(self._before, after, strict=True)))
         return None if worst <= _CLOSE[self._type] else f"folded, the outputs change by {worst:.1e} of the largest"
-
-
-def _random(part: Any) -> Any:
-    """Like the example: floating point values of its mean and deviation, others of its own in another order."""
-    if not isinstance(part, np.ndarray) or not part.size:
-        return part
-    rng = np.random.default_rng(0)
-    if part.dtype.kind == "f":
-        return (part.mean() + (part.std() or 1.0) * rng.normal(size=part.shape)).astype(part.dtype)
-    return rng.permutation(part.ravel()).reshape(part.shape)

@@ -14,9 +14,9 @@ __all__ = ["LINEAR", "Graph", "How", "Node"]
 # The functions that are linear maps. `addmm` has its weight as (inputs, outputs).
 LINEAR = frozenset(("linear", "addmm", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
 
-# How a graph was read: from the traced program (two tracers), from the calls that a model keeps (Keras), or from the
-# order of layers in plain sequences alone.
-How = Literal["dynamo", "export", "functional", "modules"]
+# How a graph was read: from the traced program (two tracers of PyTorch, one of JAX), from the calls that a model keeps
+# (Keras), or from the order of layers in plain sequences alone.
+How = Literal["dynamo", "export", "jaxpr", "functional", "modules"]
 _HEADINGS = ("id", "function", "called in", "inputs", "shape")
 
 

@@ -15,7 +15,11 @@ from normkit.frameworks import framework_of, part
 
 __all__ = ["Decide", "Porting", "Recording", "States", "Subject", "opened", "porting", "recording", "states"]
 
-_MODELS = {"torch": "a torch.nn.Module", "keras": "a Sequential or Functional model of Keras"}
+_MODELS = {
+    "torch": "a torch.nn.Module",
+    "keras": "a Sequential or Functional model of Keras",
+    "nnx": "an nnx.Module",
+}
 
 
 class Porting(Protocol):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.surgery.conversion import write
+from normkit.surgery.plan import OLD_OPTIMIZER
 from normkit.surgery.sites import Site
 from normkit.torch import layers, porting
 from normkit.torch.insertion import take_out
@@ -61,12 +62,17 @@ def opened(model: nn.Module, example: Any) -> _Opened:
 class _Opened(Subject):
     """See `normkit.surgery.replacement.Opened`."""
 
+    without_optimizer = OLD_OPTIMIZER
+
     def __init__(self, model: nn.Module, example: Any) -> None:
         self._model, self._example = model, example
         self._made: dict[str, nn.Module] = {}
         self.sites = tuple(site for site in sites(model) if site.path)  # the model itself has no place in a model
         self._sites = {site.path: site for site in self.sites}
         self._ndims = {} if example is None else self._called_with()
+
+    def check(self, inplace: bool, optimizer: Any) -> None:
+        """PyTorch can."""
 
     def layer(self, path: str) -> nn.Module:
         return self._model.get_submodule(path)
