@@ -86,8 +86,8 @@ def replace(
             function of (path, layer); a path counts before a class or function, these before a short name. Values: a
             short name, or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer, whose own
             values then count.
-        accelerated: in place of `norms`: the own classes of torch.nn, Keras or Flax, and RMS and layer norms of PyTorch that a
-            probe recognizes, become ours, with the same numbers, parameters and `state_dict`. Other subclasses stay.
+        accelerated: in place of `norms`: the own classes of torch.nn, Keras or Flax, and RMS and layer norms of PyTorch
+            that a probe recognizes, become ours, with the same numbers and parameters. Other subclasses stay.
         example: inputs that the model takes, to measure the change.
         groups: of new group norms; None takes at most 32, that divide the channels.
         inplace: change the model itself, all of it or nothing. Not in Keras.
