@@ -70,7 +70,7 @@ def normalized(kind, groups, eps, gamma, beta):
     return y * gamma + beta
 
 
-PAIRS = [*(("batch", new) for new in MAKE), *((old, "renorm") for old in MAKE), ("renorm", "batch"), ("group", "group"),
+PAIRS = [*(("batch", new) for new in MAKE), ("rms", "renorm"), ("instance", "ghost"), ("renorm", "batch"), ("group", "group"),
          ("rms", "layer"), ("layer", "rms"), ("instance", "group"), ("group", "instance")]  # fmt: skip
 
 
