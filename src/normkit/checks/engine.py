@@ -46,8 +46,8 @@ def check(
 
     Looked at are the norm layers themselves; with `data` also the flow of data, the same batches with the statistics of
     the batch and with the kept ones (dropout off in both), one pass and one step in training mode, a sample alone and
-    in its batch; with `optimizer` its groups of parameters. Rules read what was seen, `docs/rules.md` has them all. What
-    could not be looked at is listed, with the reason.
+    in its batch; with `optimizer` its groups of parameters. Rules read what was seen; `docs/rules.md` has them all.
+    What could not be looked at is listed, with the reason.
 
     Nothing is trained: the step is a forward and a backward pass whose gradients and statistics are thrown away. Modes,
     buffers, gradients and random numbers are restored, also after an error or an interruption.
@@ -72,13 +72,13 @@ def check(
         show_progress: say on a terminal what is being looked at.
 
     Returns:
-        A diagnosis to print, to show in a notebook, or to `save` as .txt, .json or .html. Its `sentence` says the whole;
+        A diagnosis to print, to show in a notebook, or to `save` as .txt, .json or .html. Its `sentence` says it all;
         `findings` has layer, numbers, severity and what to do; `fix()` does it as far as there is a verb for it.
 
     Raises:
         NormTypeError: for what is no model, no data, no optimizer, no function.
-        NormValueError: for data that can be read only once, unknown codes, limits and losses, models that are not built,
-            labels that the loss cannot take.
+        NormValueError: for data that can be read only once, unknown codes, limits and losses, models that are not
+            built, labels that the loss cannot take.
 
     Whatever the model raises in evaluation mode on the first batches is raised.
 
@@ -200,7 +200,7 @@ def _of_gap(seen: Evidence, findings: list[Finding]) -> str:
         return f"{text}. Cause: not found"
     first = next((f.path for f in findings if f.code == cause.code and f.path), gap.first or "")
     text += f". Cause: {cause.cause}{f', first at {first}' if first else ''}"
-    text += f". Recalibrating closes {share(max(0.0, gap.closed))}"
+    text += f". Recalibrating closes {share(min(1.0, max(0.0, gap.closed)))}"
     return text if cause.fix is None else f"{text}. Do: {cause.fix.line}"
 
 

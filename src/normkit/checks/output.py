@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from normkit.checks.findings import Diagnosis, Finding
 
-__all__ = ["Block", "annotations", "blocks", "counted", "text"]
+__all__ = ["Block", "blocks", "counted", "github", "text"]
 
 _SHOWN = 3  # entries of a block, paths of an entry, lines of code; the others are counted
 _WIDTH = 100
+_UNBROKEN = "\u2007%"  # while lines are broken: a space that is no place to break
 # In GitHub's workflow commands these have a meaning; in values of properties all of them, in the message the first.
 _ESCAPED = {"%": "%25", "\r": "%0D", "\n": "%0A", ":": "%3A", ",": "%2C"}
 _COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
@@ -112,13 +113,19 @@ def _lines(block: Block) -> list[str]:
 
 
 def _wrapped(words: str, later: str = "", first: str = "") -> list[str]:
-    """Lines of at most 100 characters; paths and codes are not broken."""
-    return textwrap.wrap(
-        words, _WIDTH, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
-    ) or [""]
+    """Lines of at most 100 characters; paths, codes and shares are not broken."""
+    lines = textwrap.wrap(
+        words.replace(" %", _UNBROKEN),
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace(_UNBROKEN, " %") for line in lines]
 
 
-def annotations(diagnosis: Diagnosis, file: str = "") -> str:
+def github(diagnosis: Diagnosis, file: str = "") -> str:
     """One workflow command of GitHub per block, the sentence as a notice first.
 
     https://docs.github.com/actions/reference/workflow-commands-for-github-actions
