@@ -19,7 +19,16 @@ from normkit.errors import NormTypeError, NormValueError, message
 if TYPE_CHECKING:
     from normkit.experiments.protocol import SiteValues
 
-__all__ = ["as_arrays", "check_built", "named_layers", "own_errors", "probe", "restored", "untouched"]
+__all__ = [
+    "as_arrays",
+    "by_path",
+    "check_built",
+    "named_layers",
+    "own_errors",
+    "probe",
+    "restored",
+    "untouched",
+]
 
 _LAYERS = {
     keras.layers.ReLU: "relu",
@@ -110,6 +119,20 @@ def named_layers(model: Any) -> Iterator[tuple[str, Any]]:
             yield from walk(inner, (*path, name))
 
     yield from walk(model, ())
+
+
+def by_path(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every layer with the names that lead to it, as `get_layer` takes them; the first of several; the model as ""."""
+    seen: set[int] = set()
+
+    def walk(layer: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            yield path, layer
+            for inner in layer._flatten_layers(include_self=False, recursive=False):
+                yield from walk(inner, f"{path}/{inner.name}" if path else inner.name)
+
+    yield from walk(model, "")
 
 
 @contextlib.contextmanager
