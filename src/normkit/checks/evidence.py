@@ -14,10 +14,10 @@ from normkit.core.algebra import Pooled, merge
 from normkit.core.record import NormRecord
 from normkit.surgery.graph import Graph
 
-__all__ = ["PARTS", "Call", "Data", "Dependence", "Evidence", "Gap", "Group", "Layer", "Part", "Step"]
+__all__ = ["PARTS", "Call", "Data", "Dependence", "Evidence", "Gap", "Group", "Layer", "Part", "Step", "apart"]
 
 # What can be examined, and be missing: a rule names what it needs.
-Part = Literal["layers", "graph", "calls", "trained calls", "gap", "dependence", "step", "optimizer", "data"]
+Part = Literal["layers", "graph", "calls", "trained calls", "gap", "dependence", "step", "optimizer", "data", "ranks"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 # Norms whose statistics are those of the samples of a batch together.
@@ -39,6 +39,7 @@ class Layer:
         momentum: as its framework writes it, None where it has none.
         dtypes: role (`gamma`, `beta`, `mean`, `var`, `std`) to name of the type (`float32`).
         trained: whether gamma or beta get gradients; None where it has neither.
+        stuck: whether it stays in training mode when its model is put in evaluation mode.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Layer:
     momentum: float | None = None
     dtypes: Mapping[str, str] = field(default_factory=dict)
     trained: bool | None = None
+    stuck: bool = False
 
     @property
     def tracks(self) -> bool:
@@ -60,6 +62,16 @@ class Layer:
     def over_samples(self) -> bool:
         """Whether its statistics are those of all samples of a batch together."""
         return self.record.kind in _OVER_SAMPLES
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether it takes the statistics of its batch in evaluation, too."""
+        return self.over_samples and self.record.kind != "frozen" and (self.stuck or not self.tracks)
+
+    @property
+    def synchronized(self) -> bool:
+        """Whether its batch is that of all processes."""
+        return self.record.kind == "sync" or self.kind.startswith("Sync")
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ class Dependence:
 
     Attributes:
         change: largest difference of the outputs of samples alone and in their batch, over the largest output.
-        suspects: paths of norms that take statistics of the batch in evaluation.
+        suspects: paths of norms that take the statistics of the batch in evaluation.
     """
 
     change: float
@@ -175,13 +187,16 @@ class Step:
         updates: by path: how often its statistics were updated.
         distinct: by path: how many of its calls had inputs of their own; the others repeat one, as checkpointing does.
         moved: paths of the layers whose kept statistics changed.
-        spread: by path, of layers called on several inputs: the largest distance of their means, in deviations.
+        spread: by path, of layers called on several inputs: how far the means of two of them lie apart, see
+            :func:`normkit.checks.evidence.apart`.
+        repeated: by path: how many of its calls were made inside the backward pass.
     """
 
     updates: Mapping[str, int]
     distinct: Mapping[str, int]
     moved: frozenset[str]
     spread: Mapping[str, float] = field(default_factory=dict)
+    repeated: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -238,6 +253,7 @@ class Evidence:
         framework: `torch` or `keras`.
         backend: of Keras, else the framework.
         model: name of the model's class.
+        training: whether the model was given in training mode; None where models have no mode.
         name: what the user calls it in code, for the lines to paste.
         data_name: the same for the data.
         layers: the norms, in the order of their calls where it is known.
@@ -246,6 +262,8 @@ class Evidence:
         calls: by path, in the pass in which norms take the statistics of the batch and dropout is off.
         trained_calls: by path, in a pass in training mode, dropout on, on the same batches.
         gap, dependence, step, groups, data: what these parts found.
+        processes: how many train together.
+        ranks: by path: how far what processes keep lies apart, see :func:`normkit.checks.evidence.apart`, without noise.
         skipped: part to reason.
     """
 
@@ -264,12 +282,24 @@ class Evidence:
     step: Step | None = None
     groups: tuple[Group, ...] = ()
     data: Data | None = None
+    training: bool | None = None
+    processes: int = 1
+    ranks: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def examined(self) -> frozenset[str]:
         """The parts that were."""
         return frozenset(PARTS) - self.skipped.keys()
+
+    def at(self, path: str) -> str:
+        """A part of the model in code: `model.backbone[0]`, `model.get_layer("conv1_bn")`."""
+        if self.framework == "keras":
+            return self.name + "".join(f'.get_layer("{part}")' for part in path.split("/") if part)
+        parts = path.split(".") if path else []
+        if not all(part.isdigit() or part.isidentifier() for part in parts):
+            return f'{self.name}.get_submodule("{path}")'
+        return self.name + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
 
     @cached_property
     def by_path(self) -> Mapping[str, Layer]:
@@ -285,6 +315,17 @@ class Evidence:
             if parts:
                 found[path] = merge(*zip(*parts, strict=True))
         return found
+
+
+def apart(means: NDArray[Any], variances: NDArray[Any], noise: NDArray[Any] | float, eps: float) -> float:
+    """How far two means lie apart, typically, in standard deviations of what they are means of.
+
+    d^2 = mean over channels of 2 (V - noise) / (mean variance + eps), V the unbiased variance of the means (calls,
+    channels) from call to call: two that differ by d deviations in every channel give d. `noise` is what V would be for
+    inputs drawn from one distribution.
+    """
+    between = means.var(axis=0, ddof=1) - noise
+    return float(np.sqrt(max(0.0, (2 * between / (variances.mean(axis=0) + eps)).mean())))
 
 
 def _grouped(x: NDArray[Any], record: NormRecord, mask: NDArray[Any] | None) -> NDArray[Any]:

@@ -25,12 +25,14 @@ class Fix:
         arguments: of that change, plain values.
         safe: whether it only brings about what the model was meant to do, and can be measured and undone. The others
             change what is trained.
+        others: further lines, each a way out by itself.
     """
 
     line: str
     verb: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     safe: bool = False
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _together(findings: tuple[Finding, ...]) -> dict[tuple[str, str, str, str], 
     """The paths of the findings that read the same."""
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for finding in findings:
-        line = "" if finding.fix is None else finding.fix.line
+        line = "" if finding.fix is None else " or ".join((finding.fix.line, *finding.fix.others))
         found.setdefault((finding.severity, finding.code, finding.words, line), []).append(finding.path)
     return found
 

@@ -7,16 +7,17 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from normkit.checks.evidence import Group, Layer, Step
+from normkit.checks.evidence import Group, Layer, Step, apart
 from normkit.errors import NormTypeError, message
 from normkit.surgery.graph import Graph
+from normkit.torch._buffers import recomputing
 from normkit.torch.graph import capture
 from normkit.torch.probe import as_tensors, check_sized, untouched
 from normkit.torch.probe import forward as call
@@ -32,9 +33,30 @@ __all__ = ["graph", "groups", "layers", "loader", "loss", "optimizer", "paramete
 _COUNT = "num_batches_tracked"
 
 
+class _Input(NamedTuple):
+    """What a norm was called on: by what it is told from another; per channel mean, variance, variance of the mean."""
+
+    shape_and_sums: tuple[Any, ...]
+    mean: np.ndarray
+    var: np.ndarray
+    noise: np.ndarray
+
+    @classmethod
+    def of(cls, x: np.ndarray, axis: int) -> _Input:
+        rows = np.moveaxis(x.astype(np.float64), axis, -1)
+        own = (rows.shape, float(rows.sum()), float(np.square(rows).sum()))
+        samples = rows.reshape(rows.shape[0], -1, rows.shape[-1]).mean(axis=1)
+        # Positions of one sample are alike: its mean counts once.
+        noise = samples.var(axis=0, ddof=1) / len(samples) if len(samples) > 1 else np.zeros(rows.shape[-1])
+        rows = rows.reshape(-1, rows.shape[-1])
+        return cls(own, rows.mean(axis=0), rows.var(axis=0), noise)
+
+
 def layers(model: nn.Module) -> tuple[Layer, ...]:
     """See `normkit.checks.examination.Examination`."""
     check_sized(model)
+    with untouched(model):
+        stuck = {module for module in model.eval().modules() if module.training}
     found = []
     for site in sites(model):
         module = model.get_submodule(site.path)
@@ -52,6 +74,7 @@ def layers(model: nn.Module) -> tuple[Layer, ...]:
                 momentum=getattr(module, "momentum", None),
                 dtypes={role: _type(tensor) for role, tensor in own.items() if isinstance(tensor, Tensor)},
                 trained=any(trained) if trained else None,
+                stuck=module in stuck,
             )
         )
     return tuple(found)
@@ -102,17 +125,19 @@ def step(
     forward: Callable[[Any, Any], Any] | None,
 ) -> Step:
     """See `normkit.checks.examination.Examination`."""
-    tracked = {site.path: model.get_submodule(site.path) for site in sites(model) if site.record.kept}
-    seen: dict[str, list[tuple[tuple[Any, ...], np.ndarray, np.ndarray]]] = {path: [] for path in tracked}
+    kept = {site.path: site.record for site in sites(model) if site.record.kept}
+    tracked = {path: model.get_submodule(path) for path in kept}
+    seen: dict[str, list[_Input]] = {path: [] for path in tracked}
+    repeated = Counter[str]()
 
     def hook(path: str) -> Callable[..., None]:
         def watch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = _given(layer, args, kwargs)[0]
             if layer.training and isinstance(x, Tensor):
-                rows = np.moveaxis(_array(x).astype(np.float64), getattr(layer, "axis", 1), -1)
-                own = (rows.shape, float(rows.sum()), float(np.square(rows).sum()))
-                rows = rows.reshape(-1, rows.shape[-1])
-                seen[path].append((own, rows.mean(0), rows.var(0)))
+                if recomputing():
+                    repeated[path] += 1
+                else:
+                    seen[path].append(_Input.of(_array(x), kept[path].axis))
 
         return watch
 
@@ -144,9 +169,10 @@ def step(
         path: int(after[path][_COUNT] - before[path][_COUNT]) if _COUNT in before[path] else len(seen[path])
         for path in tracked
     }
-    distinct = {path: len(Counter(own[0] for own in calls)) for path, calls in seen.items()}
-    spread = {path: _spread(calls) for path, calls in seen.items() if distinct[path] > 1}
-    return Step(updates, distinct, moved, spread)
+    inputs = {path: list({own.shape_and_sums: own for own in calls}.values()) for path, calls in seen.items()}
+    distinct = {path: len(own) for path, own in inputs.items()}
+    spread = {path: _spread(own, kept[path].eps) for path, own in inputs.items() if len(own) > 1}
+    return Step(updates, distinct, moved, spread, dict(repeated))
 
 
 def groups(model: nn.Module, optimizer: Any) -> tuple[Group, ...]:
@@ -180,8 +206,9 @@ def loader(data: Any) -> Mapping[str, Any]:
     if data.batch_size is None:
         return {}
     with contextlib.suppress(TypeError):  # an iterable data set has no length
-        known["samples"] = len(data.dataset)  # type: ignore[arg-type]
-        known["shuffled"] = isinstance(data.sampler, RandomSampler)
+        known["samples"] = len(data.sampler)  # type: ignore[arg-type]
+        if isinstance(data.sampler, RandomSampler | SequentialSampler):  # of another one nothing is known
+            known["shuffled"] = isinstance(data.sampler, RandomSampler)
     return known
 
 
@@ -229,10 +256,10 @@ def _kept(layer: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in layer._buffers.items() if value is not None}
 
 
-def _spread(calls: list[tuple[tuple[Any, ...], np.ndarray, np.ndarray]]) -> float:
-    """The largest distance of two means, in the root of the mean variance."""
-    means, variances = (np.stack([call[place] for call in calls]) for place in (1, 2))
-    return float((np.ptp(means, axis=0) / np.sqrt(variances.mean(axis=0) + 1e-12)).max())
+def _spread(inputs: list[_Input], eps: float) -> float:
+    """How far their means lie apart beyond what the choice of samples does, in deviations."""
+    means, variances, noise = (np.stack([own[place] for own in inputs]) for place in (1, 2, 3))
+    return apart(means, variances, noise.mean(axis=0), eps)
 
 
 def _array(x: Tensor) -> np.ndarray:
