@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,20 @@ from normkit.core.algebra import Pooled, merge
 from normkit.core.record import NormRecord
 from normkit.surgery.graph import Graph
 
-__all__ = ["PARTS", "Call", "Data", "Dependence", "Evidence", "Gap", "Group", "Layer", "Part", "Step", "apart"]
+__all__ = [
+    "PARTS",
+    "Call",
+    "Data",
+    "Dependence",
+    "Evidence",
+    "Gap",
+    "Group",
+    "Input",
+    "Layer",
+    "Part",
+    "Step",
+    "apart",
+]
 
 # What can be examined, and be missing: a rule names what it needs.
 Part = Literal["layers", "graph", "calls", "trained calls", "gap", "dependence", "step", "optimizer", "data", "ranks"]
@@ -39,7 +52,10 @@ class Layer:
         momentum: as its framework writes it, None where it has none.
         dtypes: role (`gamma`, `beta`, `mean`, `var`, `std`) to name of the type (`float32`).
         trained: whether gamma or beta get gradients; None where it has neither.
+        parameters: role (`gamma`, `beta`) to path, as in `Evidence.parameters`.
         stuck: whether it stays in training mode when its model is put in evaluation mode.
+        steps: of the optimizer that the model itself holds, None without one: as many updates of its statistics, if it
+            was trained in all of them and they were not loaded.
     """
 
     path: str
@@ -51,7 +67,9 @@ class Layer:
     momentum: float | None = None
     dtypes: Mapping[str, str] = field(default_factory=dict)
     trained: bool | None = None
+    parameters: Mapping[str, str] = field(default_factory=dict)
     stuck: bool = False
+    steps: int | None = None
 
     @property
     def tracks(self) -> bool:
@@ -179,6 +197,26 @@ class Dependence:
     suspects: tuple[str, ...]
 
 
+class Input(NamedTuple):
+    """What a norm was called on: by what it is told from another; per channel mean, variance, variance of the mean."""
+
+    shape_and_sums: tuple[Any, ...]
+    mean: NDArray[Any]
+    var: NDArray[Any]
+    noise: NDArray[Any]
+
+    @classmethod
+    def of(cls, x: NDArray[Any], axis: int) -> Input:
+        """Measure an input with its channels on `axis`."""
+        rows = np.moveaxis(x.astype(np.float64), axis, -1)
+        own = (rows.shape, float(rows.sum()), float(np.square(rows).sum()))
+        samples = rows.reshape(rows.shape[0], -1, rows.shape[-1]).mean(axis=1)
+        # Positions of one sample are alike: its mean counts once.
+        noise = samples.var(axis=0, ddof=1) / len(samples) if len(samples) > 1 else np.zeros(rows.shape[-1])
+        rows = rows.reshape(-1, rows.shape[-1])
+        return cls(own, rows.mean(axis=0), rows.var(axis=0), noise)
+
+
 @dataclass(frozen=True)
 class Step:
     """One training step: forward and backward on one batch.
@@ -197,6 +235,21 @@ class Step:
     moved: frozenset[str]
     spread: Mapping[str, float] = field(default_factory=dict)
     repeated: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        calls: Mapping[str, Sequence[Input]],
+        eps: Mapping[str, float],
+        updates: Mapping[str, int],
+        moved: frozenset[str],
+        repeated: Mapping[str, int],
+    ) -> Step:
+        """From all that norms in training were called on, by path, outside the backward pass, and their eps."""
+        inputs = {path: list({own.shape_and_sums: own for own in given}.values()) for path, given in calls.items()}
+        distinct = {path: len(own) for path, own in inputs.items()}
+        spread = {path: _spread(own, eps[path]) for path, own in inputs.items() if len(own) > 1}
+        return cls(updates, distinct, moved, spread, repeated)
 
 
 @dataclass(frozen=True)
@@ -264,7 +317,7 @@ class Evidence:
         gap, dependence, step, groups, data: what these parts found.
         processes: how many train together.
         ranks: by path: how far what processes keep lies apart, see :func:`normkit.checks.evidence.apart`, without noise.
-        skipped: part to reason.
+        skipped: part to reason; also the path of a norm that could not be read.
     """
 
     framework: str
@@ -326,6 +379,12 @@ def apart(means: NDArray[Any], variances: NDArray[Any], noise: NDArray[Any] | fl
     """
     between = means.var(axis=0, ddof=1) - noise
     return float(np.sqrt(max(0.0, (2 * between / (variances.mean(axis=0) + eps)).mean())))
+
+
+def _spread(inputs: Sequence[Input], eps: float) -> float:
+    """How far their means lie apart beyond what the choice of samples does, in deviations."""
+    means, variances, noise = (np.stack([own[place] for own in inputs]) for place in (1, 2, 3))
+    return apart(means, variances, noise.mean(axis=0), eps)
 
 
 def _grouped(x: NDArray[Any], record: NormRecord, mask: NDArray[Any] | None) -> NDArray[Any]:

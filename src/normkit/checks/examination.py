@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -47,6 +47,12 @@ class Examination(Protocol):
     def layers(self, model: Any) -> tuple[Layer, ...]:
         """Every norm layer, once, in the order of registration. Raises NormValueError for a model that is not built."""
 
+    def unread(self, model: Any) -> Mapping[str, str]:
+        """Paths of norm layers that `layers` leaves out, since no record can say what they compute, and why."""
+
+    def stuck(self, model: Any, batch: Batch, forward: Forward | None) -> frozenset[str]:
+        """Paths of norms that keep statistics, yet are called in training mode in evaluation, beyond `Layer.stuck`."""
+
     def parameters(self, model: Any) -> Mapping[str, bool]:
         """Every parameter by its path, and whether it gets gradients."""
 
@@ -76,8 +82,8 @@ class Examination(Protocol):
     def optimizer(self, model: Any) -> Any:
         """The optimizer that the model itself holds, None without."""
 
-    def loss(self, model: Any) -> Loss | None:
-        """The loss that the model itself holds, a function of outputs and targets; None without."""
+    def loss(self, model: Any, given: Loss | None) -> Loss | None:
+        """The loss that was given, or that the model itself holds, as a function of outputs and targets; or None."""
 
     def loader(self, data: Any) -> Mapping[str, Any]:
         """What a loader of the framework says of itself: fields of :class:`Data`."""
@@ -120,13 +126,14 @@ class _Work:
     side: Examination
     layers: tuple[Layer, ...]
     found: dict[str, Any] = field(default_factory=dict)
-    skipped: dict[Part, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         request, side = self.request, self.side
         self._compare()
+        self.skipped |= side.unread(request.model)
         self.found["parameters"] = side.parameters(request.model)
         optimizer = request.optimizer if request.optimizer is not None else side.optimizer(request.model)
         if optimizer is None:
@@ -149,6 +156,8 @@ class _Work:
             why = f"evaluation fails: {_words(error)}"
             self.skipped |= dict.fromkeys(("graph", "trained calls", "gap", "dependence", "step"), why)
             return
+        stuck = side.stuck(request.model, self.batches[0], request.forward)
+        self.layers = tuple(replace(layer, stuck=layer.stuck or layer.path in stuck) for layer in self.layers)
         self._tell("the flow of data")
         self._attempt("graph", self._graph)
         self._attempt("gap", lambda: self._statistics(measure, kept))
@@ -166,8 +175,8 @@ class _Work:
             model=type(model).__name__,
             layers=tuple(layers),
             data_name=self.request.data_name,
-            training=getattr(model, "training", None),
-            skipped={str(part): why for part, why in self.skipped.items()},
+            training=model.training if framework == "torch" else None,
+            skipped=self.skipped,
             **self.found,
         )
 
@@ -331,7 +340,9 @@ class _Measure:
 
     def __init__(self, work: _Work) -> None:
         request = work.request
-        self._loss = request.loss or work.side.loss(request.model)
+        self._loss = work.side.loss(request.model, request.loss)
+        if request.loss is None and all(batch.y is None for batch in work.batches):
+            self._loss = None  # that of a compiled model needs targets
         self._side, self._model = recording(framework_of(request.model)), request.model
 
     def __call__(self, batch: Batch, outputs: Any) -> Any:

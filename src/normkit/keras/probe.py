@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common import global_state
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 from numpy.typing import NDArray
 
 from normkit.errors import NormTypeError, NormValueError, message
@@ -145,7 +147,9 @@ def untouched(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def restored(variables: Iterable[keras.Variable]) -> Iterator[None]:
     """Leave these variables and the random numbers as they were."""
-    held = [(variable, _array(variable)) for variable in variables]
+    drawn = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)  # by functions that are given no seed
+    states_of_keras = () if drawn is None else (drawn.state,)
+    held = [(variable, _array(variable)) for variable in (*variables, *states_of_keras)]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # a user's call may draw from them
     with own_errors(), _forked():
         try:
@@ -153,6 +157,7 @@ def restored(variables: Iterable[keras.Variable]) -> Iterator[None]:
         finally:
             for variable, value in held:
                 variable.assign(value)
+            global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, drawn)
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
 

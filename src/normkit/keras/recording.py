@@ -19,7 +19,19 @@ from normkit.keras.probe import as_arrays, by_path, check_built, untouched
 if TYPE_CHECKING:
     from normkit.surgery.protocol import Decide
 
-__all__ = ["array", "as_kept", "gathered", "given", "keep", "kept", "moments", "real", "tracked", "watching"]
+__all__ = [
+    "array",
+    "as_kept",
+    "called_after",
+    "gathered",
+    "given",
+    "keep",
+    "kept",
+    "moments",
+    "real",
+    "tracked",
+    "watching",
+]
 
 _STATISTICS = ("moving_mean", "moving_variance")
 _OF_RENORM = ("renorm_mean", "renorm_stddev", "moving_stddev")
@@ -37,26 +49,39 @@ def tracked(model: Any) -> Iterator[TrackedLayer]:
 def watching(model: Any, layers: Sequence[TrackedLayer], decide: Decide) -> Iterator[Callable[[Any], Any]]:
     """See `normkit.surgery.protocol.Recording`."""
 
-    def watched(number: int, tracked: TrackedLayer) -> Callable[..., Any]:
-        call = tracked.layer.call
+    def before(number: int, named: Mapping[str, Any]) -> dict[str, Any]:
+        own = layers[number]
+        found = decide(number, lambda: _measured(own, named))
+        keep(own.layer, as_kept(own.layer, found.mean, found.var))
+        return {}
+
+    check_built(model)
+    with untouched(model), called_after([own.layer for own in layers], before):
+        # Called directly and not through predict: that would compile the watching in.
+        yield lambda x: model(given(model, x), training=False)
+
+
+@contextlib.contextmanager
+def called_after(
+    layers: Sequence[Any], before: Callable[[int, Mapping[str, Any]], Mapping[str, Any]]
+) -> Iterator[None]:
+    """Inside, `before(number of the layer, arguments by name)` runs ahead of every call; what it returns is added."""
+
+    def watched(number: int, layer: Any) -> Callable[..., Any]:
+        call = layer.call
         signature = inspect.signature(call)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            named = signature.bind(*args, **kwargs).arguments
-            found = decide(number, lambda: _measured(tracked, named))
-            keep(tracked.layer, as_kept(tracked.layer, found.mean, found.var))
-            return call(*args, **kwargs)
+            more = before(number, signature.bind(*args, **kwargs).arguments)
+            return call(*args, **{**kwargs, **more})
 
         return run
 
-    check_built(model)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(untouched(model))
-        for number, tracked in enumerate(layers):
-            object.__setattr__(tracked.layer, "call", watched(number, tracked))
-            stack.callback(object.__delattr__, tracked.layer, "call")
-        # Called directly and not through predict: that would compile the watching in.
-        yield lambda x: model(given(model, x), training=False)
+        for number, layer in enumerate(layers):
+            object.__setattr__(layer, "call", watched(number, layer))
+            stack.callback(object.__delattr__, layer, "call")
+        yield
 
 
 def kept(layer: Any) -> Mapping[str, np.ndarray]:

@@ -7,14 +7,14 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from normkit.checks.evidence import Group, Layer, Step, apart
+from normkit.checks.evidence import Group, Input, Layer, Step
 from normkit.errors import NormTypeError, message
 from normkit.surgery.graph import Graph
 from normkit.torch._buffers import recomputing
@@ -28,28 +28,22 @@ from normkit.torch.surgery import tensors_in
 if TYPE_CHECKING:
     from normkit.checks.examination import Batch, Mode, See
 
-__all__ = ["graph", "groups", "layers", "loader", "loss", "optimizer", "parameters", "running", "step", "untouched"]
+__all__ = [
+    "graph",
+    "groups",
+    "layers",
+    "loader",
+    "loss",
+    "optimizer",
+    "parameters",
+    "running",
+    "step",
+    "stuck",
+    "unread",
+    "untouched",
+]
 
 _COUNT = "num_batches_tracked"
-
-
-class _Input(NamedTuple):
-    """What a norm was called on: by what it is told from another; per channel mean, variance, variance of the mean."""
-
-    shape_and_sums: tuple[Any, ...]
-    mean: np.ndarray
-    var: np.ndarray
-    noise: np.ndarray
-
-    @classmethod
-    def of(cls, x: np.ndarray, axis: int) -> _Input:
-        rows = np.moveaxis(x.astype(np.float64), axis, -1)
-        own = (rows.shape, float(rows.sum()), float(np.square(rows).sum()))
-        samples = rows.reshape(rows.shape[0], -1, rows.shape[-1]).mean(axis=1)
-        # Positions of one sample are alike: its mean counts once.
-        noise = samples.var(axis=0, ddof=1) / len(samples) if len(samples) > 1 else np.zeros(rows.shape[-1])
-        rows = rows.reshape(-1, rows.shape[-1])
-        return cls(own, rows.mean(axis=0), rows.var(axis=0), noise)
 
 
 def layers(model: nn.Module) -> tuple[Layer, ...]:
@@ -127,7 +121,7 @@ def step(
     """See `normkit.checks.examination.Examination`."""
     kept = {site.path: site.record for site in sites(model) if site.record.kept}
     tracked = {path: model.get_submodule(path) for path in kept}
-    seen: dict[str, list[_Input]] = {path: [] for path in tracked}
+    seen: dict[str, list[Input]] = {path: [] for path in tracked}
     repeated = Counter[str]()
 
     def hook(path: str) -> Callable[..., None]:
@@ -137,7 +131,7 @@ def step(
                 if recomputing():
                     repeated[path] += 1
                 else:
-                    seen[path].append(_Input.of(_array(x), kept[path].axis))
+                    seen[path].append(Input.of(_array(x), kept[path].axis))
 
         return watch
 
@@ -169,10 +163,8 @@ def step(
         path: int(after[path][_COUNT] - before[path][_COUNT]) if _COUNT in before[path] else len(seen[path])
         for path in tracked
     }
-    inputs = {path: list({own.shape_and_sums: own for own in calls}.values()) for path, calls in seen.items()}
-    distinct = {path: len(own) for path, own in inputs.items()}
-    spread = {path: _spread(own, kept[path].eps) for path, own in inputs.items() if len(own) > 1}
-    return Step(updates, distinct, moved, spread, dict(repeated))
+    eps = {path: record.eps for path, record in kept.items()}
+    return Step.of(seen, eps, updates, moved, dict(repeated))
 
 
 def groups(model: nn.Module, optimizer: Any) -> tuple[Group, ...]:
@@ -194,8 +186,19 @@ def optimizer(model: nn.Module) -> None:
     """See `normkit.checks.examination.Examination`. A PyTorch model holds none."""
 
 
-def loss(model: nn.Module) -> None:
+def loss(_: nn.Module, given: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], Any] | None:
     """See `normkit.checks.examination.Examination`. A PyTorch model holds none."""
+    return given
+
+
+def unread(_: nn.Module) -> Mapping[str, str]:
+    """See `normkit.checks.examination.Examination`. What is no norm by its numbers is none."""
+    return {}
+
+
+def stuck(*_: Any) -> frozenset[str]:
+    """See `normkit.checks.examination.Examination`. Modes show it, see `layers`."""
+    return frozenset()
 
 
 def loader(data: Any) -> Mapping[str, Any]:
@@ -254,12 +257,6 @@ def _given(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 def _kept(layer: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in layer._buffers.items() if value is not None}
-
-
-def _spread(inputs: list[_Input], eps: float) -> float:
-    """How far their means lie apart beyond what the choice of samples does, in deviations."""
-    means, variances, noise = (np.stack([own[place] for own in inputs]) for place in (1, 2, 3))
-    return apart(means, variances, noise.mean(axis=0), eps)
 
 
 def _array(x: Tensor) -> np.ndarray:
