@@ -316,7 +316,7 @@ class Evidence:
         trained_calls: by path, in a pass in training mode, dropout on, on the same batches.
         gap, dependence, step, groups, data: what these parts found.
         processes: how many train together.
-        ranks: by path: how far what processes keep lies apart, see :func:`normkit.checks.evidence.apart`, without noise.
+        ranks: by path: how far the means that processes keep lie apart, see :func:`normkit.checks.evidence.apart`.
         skipped: part to reason; also the path of a norm that could not be read.
     """
 

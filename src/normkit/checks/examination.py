@@ -212,11 +212,9 @@ class _Work:
             self.skipped["ranks"] = ""
             return
         eps = {layer.path: layer.record.eps for layer in self.layers}
-        self.found["ranks"] = {
-            path: apart(*(np.stack([kept[path][place] for kept in everyone]) for place in (0, 1)), 0.0, eps[path])
-            for path in own
-            if all(path in kept for kept in everyone)
-        }
+        shared = [path for path in own if all(path in kept for kept in everyone)]
+        stacks = {path: [np.stack(each) for each in zip(*(k[path] for k in everyone), strict=True)] for path in shared}
+        self.found["ranks"] = {path: apart(mean, var, 0.0, eps[path]) for path, (mean, var) in stacks.items()}
 
     def _take(self) -> None:
         data = self.request.data
