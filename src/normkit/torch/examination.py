@@ -35,6 +35,7 @@ _COUNT = "num_batches_tracked"
 def layers(model: nn.Module) -> tuple[Layer, ...]:
     """See `normkit.checks.examination.Examination`."""
     check_sized(model)
+    paths = {id(parameter): path for path, parameter in model.named_parameters()}
     found = []
     for site in sites(model):
         module = model.get_submodule(site.path)
@@ -52,6 +53,7 @@ def layers(model: nn.Module) -> tuple[Layer, ...]:
                 momentum=getattr(module, "momentum", None),
                 dtypes={role: _type(tensor) for role, tensor in own.items() if isinstance(tensor, Tensor)},
                 trained=any(trained) if trained else None,
+                parameters={role: paths[id(value)] for role, value in own.items() if isinstance(value, nn.Parameter)},
             )
         )
     return tuple(found)

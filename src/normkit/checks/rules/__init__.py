@@ -1,3 +1,6 @@
 """The rules, in families. Importing this package fills `normkit.checks.rule.RULES`."""
 
+from normkit.checks.rules import conventions as conventions
 from normkit.checks.rules import gap as gap
+from normkit.checks.rules import optimizer as optimizer
+from normkit.checks.rules import structure as structure
