@@ -78,15 +78,15 @@ def doubled(seen: Evidence, limits: Limits) -> Iterator[Finding]:
 def missing(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """One convolution without a norm among convolutions that all have one.
 
-    Asked only where at least `share` of at least `maps` convolutions are followed by a norm before the next map, and
-    only of a convolution that feeds one activation and then one convolution that has its norm: so not of the last
-    ones, not of heads, not of branches that end in a sum or a product, and not where there is one position per sample
-    (squeeze and excitation). It may be meant; where it is not, activations grow with every such layer.
+    Asked only where at least `share` of at least `maps` convolutions are followed by a norm before the next map, the
+    last ones not counted. Then only of a convolution that feeds one activation and through it one convolution that has
+    its norm: not of heads, not of branches that end in a sum or a product, and not where there is one position per
+    sample (squeeze and excitation). It may be meant; where it is not, activations grow with every such layer.
     """
     flow = Flow.of(seen)
     kinds = itertools.groupby(sorted(filter(_is_convolution, flow.graph.nodes), key=_op), _op)
     for kind, group in kinds:
-        maps = [node for node in group if _positions(node) > 1]
+        maps = [node for node in group if _positions(node) > 1 and any(flow.meets(node, _is_map))]
         normed = {node.id for node in maps if _normed(flow, node)}
         if len(maps) < limits["maps"] or len(normed) < limits["share"] * len(maps):
             continue
@@ -207,6 +207,10 @@ def _others(shape: tuple[int, ...], layer: Layer) -> list[int]:
 
 def _op(node: Node) -> str:
     return node.op
+
+
+def _is_map(node: Node) -> bool:
+    return node.op in MAPS
 
 
 def _is_convolution(node: Node) -> bool:
