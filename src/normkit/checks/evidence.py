@@ -35,6 +35,12 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 # Norms whose statistics are those of the samples of a batch together.
 _OVER_SAMPLES = frozenset(("batch", "ghost", "renorm", "sync", "frozen"))
+# Of padding in sequences. Kernels add up in another order at the border, so that equal inputs give outputs that differ
+# in their last digits; two neighbours may be alike by chance; and a stack of convolutions that pad mixes other values
+# into the last positions, here at most into one of eight.
+_SAME = 1e-6
+_RUN = 3
+_BORDER = 8
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,11 @@ class Call:
         dtype: name of its type.
         count: values behind one statistic, in the smallest group.
         mean, var: per channel, biased, in float64; None for norms that take statistics of every sample by itself.
-        ratio: the largest |mean| / sqrt(var + eps) of a statistic.
+        ratio: the largest |mean| / sqrt(var + eps) of a statistic; constants (var <= eps), which have no digits to
+            lose, are left out.
         largest: the largest |x|, of what is finite.
         finite: whether all of the input is.
-        padded: share of the positions of sequences that lie in constant runs at their ends; 0 for other inputs.
+        padded: share of the positions of sequences that lie in constant runs at one end; 0 for other inputs.
     """
 
     batch: int
@@ -147,7 +154,7 @@ class Call:
             count=int(count),
             mean=mean if over else None,
             var=var if over else None,
-            ratio=float((np.abs(mean) / np.sqrt(var + record.eps)).max(initial=0.0)),
+            ratio=float((np.abs(mean) / np.sqrt(var + record.eps))[var > record.eps].max(initial=0.0)),
             largest=float(np.abs(wide).max(initial=0.0)),
             finite=whole,
             padded=_padded(wide, record.axis) if mask is None else 0.0,
@@ -407,14 +414,24 @@ def _grouped(x: NDArray[Any], record: NormRecord, mask: NDArray[Any] | None) -> 
 
 
 def _padded(x: NDArray[Any], axis: int) -> float:
-    """The share of positions in runs to the end of a sequence in which the values do not change.
+    """The share of positions in runs at one end of the sequences in which no channel changes.
 
-    Runs of at least two positions, of at least two lengths: a layer that gives the same everywhere is no padding.
+    Padding stays constant behind maps and activations, but for a border where convolutions mix in other values. A
+    layer that gives the same everywhere is no padding: there must be runs of several lengths.
     """
     if x.ndim != 3 or x.shape[0] < 2:
         return 0.0
     rows = np.moveaxis(x, axis, -1)
-    same = (rows[:, 1:] == rows[:, -1:]).all(axis=-1)[:, ::-1] if rows.shape[1] > 1 else np.zeros((len(rows), 0), bool)
-    runs = np.where(same.all(axis=1), same.shape[1], np.argmin(same, axis=1)) if same.shape[1] else np.zeros(len(rows))
-    runs = np.where(runs >= 2, runs, 0)
-    return float(runs.sum() / (rows.shape[0] * rows.shape[1])) if len(set(runs.tolist())) > 1 else 0.0
+    close = _SAME * np.abs(rows).max(initial=0.0)
+    same = (np.abs(np.diff(rows, axis=1)) <= close).all(axis=-1)
+    ends = [_runs(same[:, ::direction], rows.shape[1] // _BORDER) for direction in (1, -1)]
+    return max(float(runs.sum() / rows[..., 0].size) if len(np.unique(runs)) > 1 else 0.0 for runs in ends)
+
+
+def _runs(same: NDArray[Any], border: int) -> NDArray[Any]:
+    """By sequence: positions in the first run of equal neighbours, if it begins within the border."""
+    places = np.arange(same.shape[1])
+    start = np.where(same, places, same.shape[1]).min(axis=1, initial=same.shape[1])
+    end = np.where(~same & (places > start[:, None]), places, same.shape[1]).min(axis=1, initial=same.shape[1])
+    runs = np.where(start <= border, end - start + 1, 0)
+    return np.where(runs >= _RUN, runs, 0)

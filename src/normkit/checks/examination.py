@@ -139,7 +139,8 @@ class _Work:
         if optimizer is None:
             self.skipped["optimizer"] = "none was given"
         else:
-            self.found["groups"] = side.groups(request.model, optimizer)
+            several = optimizer if isinstance(optimizer, tuple | list) else (optimizer,)
+            self.found["groups"] = tuple(group for one in several for group in side.groups(request.model, one))
         if request.data is None:
             self.skipped |= dict.fromkeys(("graph", "calls", "trained calls", "gap", "dependence", "step", "data"), "")
             self.skipped["data"] = "none was given: what depends on it was not looked at"

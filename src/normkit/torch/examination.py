@@ -51,6 +51,7 @@ def layers(model: nn.Module) -> tuple[Layer, ...]:
     check_sized(model)
     with untouched(model):
         stuck = {module for module in model.eval().modules() if module.training}
+    paths = {id(parameter): path for path, parameter in model.named_parameters()}
     found = []
     for site in sites(model):
         module = model.get_submodule(site.path)
@@ -69,6 +70,7 @@ def layers(model: nn.Module) -> tuple[Layer, ...]:
                 dtypes={role: _type(tensor) for role, tensor in own.items() if isinstance(tensor, Tensor)},
                 trained=any(trained) if trained else None,
                 stuck=module in stuck,
+                parameters={role: paths[id(value)] for role, value in own.items() if isinstance(value, nn.Parameter)},
             )
         )
     return tuple(found)
