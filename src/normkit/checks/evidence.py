@@ -62,6 +62,7 @@ class Layer:
         stuck: whether it stays in training mode when its model is put in evaluation mode.
         steps: of the optimizer that the model itself holds, None without one: as many updates of its statistics, if it
             was trained in all of them and they were not loaded.
+        inferring: whether the model itself calls it with `training=False`.
     """
 
     path: str
@@ -76,6 +77,7 @@ class Layer:
     parameters: Mapping[str, str] = field(default_factory=dict)
     stuck: bool = False
     steps: int | None = None
+    inferring: bool = False
 
     @property
     def tracks(self) -> bool:
@@ -287,6 +289,7 @@ class Data:
         drop_last: whether a short last batch is left out, None where it is not known.
         shuffled: whether the order is random, None where it is not known.
         classes: of each batch that was looked at: class to number of samples; empty where targets are no classes.
+        source: what makes the batches: `DataLoader`, `PyDataset`, `tf.data`; "" for anything else.
     """
 
     sizes: tuple[int, ...]
@@ -295,6 +298,7 @@ class Data:
     drop_last: bool | None = None
     shuffled: bool | None = None
     classes: tuple[Mapping[int, int], ...] = ()
+    source: str = ""
 
     @property
     def last(self) -> int | None:

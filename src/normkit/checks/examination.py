@@ -47,6 +47,9 @@ class Examination(Protocol):
     def layers(self, model: Any) -> tuple[Layer, ...]:
         """Every norm layer, once, in the order of registration. Raises NormValueError for a model that is not built."""
 
+    def backend(self) -> str:
+        """What computes: that of Keras, else the framework."""
+
     def unread(self, model: Any) -> Mapping[str, str]:
         """Paths of norm layers that `layers` leaves out, since no record can say what they compute, and why."""
 
@@ -173,6 +176,7 @@ class _Work:
         framework = framework_of(model)
         return Evidence(
             framework=framework,
+            backend=self.side.backend(),
             model=type(model).__name__,
             layers=tuple(layers),
             data_name=self.request.data_name,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from normkit.checks.examination import Batch, Loss, Mode, See
 
 __all__ = [
+    "backend",
     "graph",
     "groups",
     "layers",
@@ -51,6 +52,7 @@ def layers(model: Any) -> tuple[Layer, ...]:
     names = {id(variable): path for path, variable, _ in _weights(model)}
     held = optimizer(model)
     steps = None if held is None else int(ops.convert_to_numpy(held.iterations))
+    inferring = _inferring(model)
     found = []
     for path, layer, record in _readable(model):
         own = {role: variable for role, variable in targets(layer) if role != "count"}
@@ -66,9 +68,15 @@ def layers(model: Any) -> tuple[Layer, ...]:
                 trained=any(trained) if trained else None,
                 parameters={role: names[id(own[role])] for role in ("gamma", "beta") if role in own},
                 steps=steps if record.kept and layer.trainable else None,
+                inferring=id(layer) in inferring,
             )
         )
     return tuple(found)
+
+
+def backend() -> str:
+    """See `normkit.checks.examination.Examination`."""
+    return str(keras.config.backend())
 
 
 def unread(model: Any) -> Mapping[str, str]:
@@ -228,9 +236,9 @@ def loader(data: Any) -> Mapping[str, Any]:
 def _of_py_dataset(data: Any) -> Mapping[str, Any]:
     """It counts batches, whose size only the batches tell: the first, and the last, which may be shorter."""
     if data.num_batches is None:
-        return {}
+        return {"source": "PyDataset"}
     sizes = [batches.size(next(batches.inputs([data[number]]))) for number in (0, data.num_batches - 1)]
-    return {"batch_size": sizes[0], "samples": sizes[0] * (data.num_batches - 1) + sizes[1]}
+    return {"source": "PyDataset", "batch_size": sizes[0], "samples": sizes[0] * (data.num_batches - 1) + sizes[1]}
 
 
 def _of_tf_data(data: Any) -> Mapping[str, Any]:
@@ -240,8 +248,8 @@ def _of_tf_data(data: Any) -> Mapping[str, Any]:
         part = part._input_dataset
         shuffled |= "Shuffle" in type(part).__name__
     if not hasattr(part, "_batch_size") or int(part.cardinality()) != number:
-        return {}  # batches come from a generator, or are left out or repeated later on
-    known = {"batch_size": int(part._batch_size), "drop_last": bool(part._drop_remainder)}
+        return {"source": "tf.data"}  # batches come from a generator, or are left out or repeated later on
+    known = {"source": "tf.data", "batch_size": int(part._batch_size), "drop_last": bool(part._drop_remainder)}
     samples = int(part._input_dataset.cardinality())
     return {**known, "samples": samples} if samples >= 0 else known
 
@@ -254,6 +262,18 @@ def _readable(model: Any) -> list[tuple[str, Any, NormRecord]]:
             record = read(layer) if is_norm(layer) else None
             if record is not None:
                 found.append((path, layer, record))
+    return found
+
+
+def _inferring(model: Any) -> set[int]:
+    """The identities of the layers that are called with `training=False`, also in a model that is."""
+    found = set()
+    for _, layer in by_path(model):
+        inner = functional(layer)
+        for calls in () if inner is None else inner._nodes_by_depth.values():
+            for call in calls:
+                if not call.is_input and call.arguments.kwargs.get("training") is False:
+                    found |= {id(own) for own in call.operation._flatten_layers()}
     return found
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from normkit.checks.examination import Batch, Mode, See
 
 __all__ = [
+    "backend",
     "graph",
     "groups",
     "layers",
@@ -193,6 +194,11 @@ def loss(_: nn.Module, given: Callable[[Any, Any], Any] | None) -> Callable[[Any
     return given
 
 
+def backend() -> str:
+    """See `normkit.checks.examination.Examination`."""
+    return "torch"
+
+
 def unread(_: nn.Module) -> Mapping[str, str]:
     """See `normkit.checks.examination.Examination`. What is no norm by its numbers is none."""
     return {}
@@ -207,7 +213,7 @@ def loader(data: Any) -> Mapping[str, Any]:
     """See `normkit.checks.examination.Examination`."""
     if not isinstance(data, DataLoader):
         return {}
-    known: dict[str, Any] = {"drop_last": data.drop_last, "batch_size": data.batch_size}
+    known: dict[str, Any] = {"source": "DataLoader", "drop_last": data.drop_last, "batch_size": data.batch_size}
     if data.batch_size is None:
         return {}
     with contextlib.suppress(TypeError):  # an iterable data set has no length

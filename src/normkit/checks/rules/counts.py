@@ -192,6 +192,12 @@ def _ways_out(seen: Evidence) -> Fix:
 
 
 def _without_last(seen: Evidence) -> Fix:
-    if seen.framework == "keras" and seen.backend != "torch":
-        return Fix(f"{seen.data_name}.unbatch().batch(batch_size, drop_remainder=True)")
+    assert seen.data is not None
+    source, size = seen.data.source, seen.data.batch_size or "batch_size"
+    if source == "tf.data":
+        return Fix(f"{seen.data_name}.unbatch().batch({size}, drop_remainder=True)")
+    if source == "PyDataset":
+        return Fix(f"num_batches = property(lambda self: samples // {size})  # of the PyDataset")
+    if seen.framework == "keras" and not source:
+        return Fix(f"model.fit(x[: len(x) // {size} * {size}], ...)  # and y")
     return Fix("DataLoader(..., drop_last=True)")

@@ -96,6 +96,8 @@ def batch_statistics_in_evaluation(seen: Evidence, _: Limits) -> Iterator[Findin
         if layer.stuck and layer.tracks:
             severity: Severity = "error"
             words = "stays in training mode when the model is put in evaluation mode"
+            if seen.framework == "keras":
+                words = "is called with training=True in evaluation, too"
         elif layer.by_batch:
             severity, words = "warning", "keeps no statistics, so that evaluation takes those of its batch"
         elif layer.tracks and left:
@@ -127,6 +129,23 @@ def depends_on_the_batch(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         return
     first = seen.by_path[found.suspects[0]]
     yield Finding("error", first.path, words, evidence, _evaluating(seen, first))
+
+
+@rule("NK305", "training=False that has no effect", "layers", "step", frameworks=("keras",))
+def inference_overridden(seen: Evidence, _: Limits) -> Iterator[Finding]:
+    """`base(x, training=False)` was to keep the statistics of a pretrained base while the rest of a model trains.
+
+    In a Functional model of Keras 3 `fit` calls the model with `training=True`, and that takes the place of what single
+    calls say (functional.py, `operation_fn`). So statistics move, unless `trainable` is False as well; guides that
+    unfreeze the base for fine-tuning count on the opposite (keras#20285). Where a training step was taken, they were
+    seen to move. `normkit.freeze` holds statistics, gamma and beta of the norms, and leaves the weights to be trained.
+    """
+    assert seen.step is not None
+    moving = [layer for layer in seen.layers if layer.inferring and layer.path in seen.step.moved]
+    for layer in moving:
+        part = layer.path.rpartition("/")[0]
+        words = "statistics move in training, although it is called with training=False"
+        yield Finding("warning", layer.path, words, {"layers": len(moving)}, Fix(f"normkit.freeze({seen.at(part)})"))
 
 
 def _before(seen: Evidence) -> dict[str, _Before]:
@@ -181,6 +200,8 @@ def _inside(path: str, part: str) -> bool:
 
 def _evaluating(seen: Evidence, layer: Layer) -> Fix:
     """What makes a layer evaluate by statistics of its own."""
+    if layer.tracks and seen.framework == "keras":
+        return Fix(f"{layer.path.rpartition('/')[2]}(x)  # without training=True, in {seen.model}.call")
     if layer.tracks:
         return Fix(f"{seen.at(layer.path)}.eval()" if layer.stuck else f"{seen.name}.eval()")
     size = layer.record.shape[0]
