@@ -21,6 +21,7 @@ from normkit.torch._buffers import recomputing
 from normkit.torch.graph import capture
 from normkit.torch.probe import as_tensors, check_sized, untouched
 from normkit.torch.probe import forward as call
+from normkit.torch.recording import bare
 from normkit.torch.sites import sites
 from normkit.torch.states import is_frozen
 from normkit.torch.surgery import tensors_in
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["graph", "groups", "layers", "loader", "loss", "optimizer", "parameters", "running", "step", "untouched"]
 
 _COUNT = "num_batches_tracked"
+_KNOWN = 8  # samples, below which nothing is known of how their mean scatters
 
 
 class _Input(NamedTuple):
@@ -47,7 +49,9 @@ class _Input(NamedTuple):
         own = (rows.shape, float(rows.sum()), float(np.square(rows).sum()))
         samples = rows.reshape(rows.shape[0], -1, rows.shape[-1]).mean(axis=1)
         # Positions of one sample are alike: its mean counts once.
-        noise = samples.var(axis=0, ddof=1) / len(samples) if len(samples) > 1 else np.zeros(rows.shape[-1])
+        noise = (
+            samples.var(axis=0, ddof=1) / len(samples) if len(samples) >= _KNOWN else np.full(rows.shape[-1], np.inf)
+        )
         rows = rows.reshape(-1, rows.shape[-1])
         return cls(own, rows.mean(axis=0), rows.var(axis=0), noise)
 
@@ -227,6 +231,8 @@ def _set(model: nn.Module, mode: Mode) -> None:
 
 
 def _run(model: nn.Module, batch: Batch, forward: Callable[[Any, Any], Any] | None) -> Any:
+    # Processes may have batches of unequal number: without what DistributedDataParallel adds, none waits for another.
+    model = bare(model)
     if forward is not None:
         return forward(model, batch.raw)
     return call(model, as_tensors(batch.x, model))
