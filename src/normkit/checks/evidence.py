@@ -41,6 +41,10 @@ _OVER_SAMPLES = frozenset(("batch", "ghost", "renorm", "sync", "frozen"))
 _SAME = 1e-6
 _RUN = 3
 _BORDER = 8
+# A variance of two means from samples is beyond chance at this ratio to what is expected: 97.5 % of F(1, 14), of two
+# times 8 samples, were all channels alike.
+_BEYOND = 6.3
+_KNOWN = 8  # samples, below which nothing is known of how their mean scatters
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,8 @@ class Input(NamedTuple):
         own = (rows.shape, float(rows.sum()), float(np.square(rows).sum()))
         samples = rows.reshape(rows.shape[0], -1, rows.shape[-1]).mean(axis=1)
         # Positions of one sample are alike: its mean counts once.
-        noise = samples.var(axis=0, ddof=1) / len(samples) if len(samples) > 1 else np.zeros(rows.shape[-1])
+        known = len(samples) >= _KNOWN
+        noise = samples.var(axis=0, ddof=1) / len(samples) if known else np.full(rows.shape[-1], np.inf)
         rows = rows.reshape(-1, rows.shape[-1])
         return cls(own, rows.mean(axis=0), rows.var(axis=0), noise)
 
@@ -386,10 +391,11 @@ def apart(means: NDArray[Any], variances: NDArray[Any], noise: NDArray[Any] | fl
 
     d^2 = mean over channels of 2 (V - noise) / (mean variance + eps), V the unbiased variance of the means (calls,
     channels) from call to call: two that differ by d deviations in every channel give d. `noise` is what V would be for
-    inputs drawn from one distribution.
+    inputs drawn from one distribution; 0 where V is not beyond what chance makes of that.
     """
-    between = means.var(axis=0, ddof=1) - noise
-    return float(np.sqrt(max(0.0, (2 * between / (variances.mean(axis=0) + eps)).mean())))
+    sigma = variances.mean(axis=0) + eps
+    between, chance = (means.var(axis=0, ddof=1) / sigma).mean(), (noise / sigma).mean()
+    return float(np.sqrt(2 * (between - chance))) if between > _BEYOND * chance else 0.0
 
 
 def _spread(inputs: Sequence[Input], eps: float) -> float:

@@ -21,6 +21,7 @@ from normkit.torch._buffers import recomputing
 from normkit.torch.graph import capture
 from normkit.torch.probe import as_tensors, check_sized, untouched
 from normkit.torch.probe import forward as call
+from normkit.torch.recording import bare
 from normkit.torch.sites import sites
 from normkit.torch.states import is_frozen
 from normkit.torch.surgery import tensors_in
@@ -238,6 +239,8 @@ def _set(model: nn.Module, mode: Mode) -> None:
 
 
 def _run(model: nn.Module, batch: Batch, forward: Callable[[Any, Any], Any] | None) -> Any:
+    # Processes may have batches of unequal number: without what DistributedDataParallel adds, none waits for another.
+    model = bare(model)
     if forward is not None:
         return forward(model, batch.raw)
     return call(model, as_tensors(batch.x, model))
