@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from normkit.checks.evidence import Call, Data, Dependence, Evidence, Gap, Group, Layer, Part, Step, apart
 from normkit.core.algebra import Pooled, merge, unbiased
-from normkit.errors import NormTypeError, message
+from normkit.errors import NormTypeError, NormValueError, message
 from normkit.frameworks import framework_of, part
 from normkit.surgery import batches
 from normkit.surgery.graph import Graph
@@ -102,6 +102,7 @@ class Request(NamedTuple):
     forward: Forward | None
     steps: int
     tell: Callable[[str], None]
+    batch_size: int | None = None
     data_name: str = "data"
 
 
@@ -224,7 +225,11 @@ class _Work:
     def _take(self) -> None:
         data = self.request.data
         batches.repeatable("data", data)
-        for raw, (x, y) in batches.raw(data, self.request.steps):
+        whole, batch_size = batches.whole(data), self.request.batch_size
+        if batch_size is not None and not whole:
+            must = "`batch_size` is for data that is an array, or a pair of arrays"
+            raise NormValueError(message(must, type(data).__name__, "a loader has a batch size of its own"))
+        for raw, (x, y) in batches.raw(data, self.request.steps, batch_size):
             self.batches.append(Batch(x, y, raw))
         if not self.batches:
             self.skipped |= dict.fromkeys(("calls", "trained calls", "gap", "dependence", "step"), "the data is empty")
@@ -232,9 +237,8 @@ class _Work:
         sizes = tuple(batches.size(batch.x) for batch in self.batches)
         classes = tuple(filter(None, (_classes(batch.y) for batch in self.batches)))
         known = self.side.loader(data)
-        whole = hasattr(data, "shape") or (isinstance(data, tuple) and all(hasattr(part, "shape") for part in data))
-        if whole and "samples" not in known:
-            known = {"samples": batches.size(data), **known}
+        if whole:
+            known = {"samples": batches.size(data), "batch_size": batch_size, **known}
         enough = len(classes) == len(self.batches)
         self.found["data"] = Data(sizes, classes=classes if enough else (), **known)
 
