@@ -29,12 +29,14 @@ class Fix:
         arguments: of that change, plain values.
         safe: whether it only brings about what the model was meant to do, and can be measured and undone. The others
             change what is trained.
+        others: further lines, each a way out by itself.
     """
 
     line: str
     verb: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     safe: bool = False
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def _block(findings: list[Finding], shown: int) -> Block:
     paths: dict[str, list[str]] = {}
     for finding in findings:
         paths.setdefault(finding.words, []).append(finding.path)
-    lines = list(dict.fromkeys(finding.fix.line for finding in findings if finding.fix is not None))
+    fixes = [finding.fix for finding in findings if finding.fix is not None]
+    lines = list(dict.fromkeys(line for fix in fixes for line in (fix.line, *fix.others)))
     first, entries = findings[0], [(_places(own, shown), words) for words, own in paths.items()]
     return Block(
         severity=first.severity,

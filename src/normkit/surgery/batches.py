@@ -72,10 +72,18 @@ def _is_array(data: Any) -> bool:
 
 
 def _is_pair(data: Any) -> bool:
-    return isinstance(data, tuple) and len(data) == 2 and all(map(_is_array, data)) and len(data[0]) == len(data[1])
+    if not isinstance(data, tuple) or len(data) != 2:
+        return False
+    # Named inputs with targets that are one array; two mappings are two batches.
+    inputs = list(data[0].values()) if isinstance(data[0], Mapping) else [data[0]]
+    return all(map(_is_array, (*inputs, data[1]))) and {len(part) for part in inputs} == {len(data[1])}
 
 
 def _chunks(data: Any, batch_size: int | None = None) -> Iterator[Any]:
+    if isinstance(data, Mapping):
+        for parts in zip(*(_chunks(part, batch_size) for part in data.values()), strict=True):
+            yield dict(zip(data, parts, strict=True))
+        return
     size = len(data)
     if batch_size is not None:
         yield from (data[start : start + batch_size] for start in range(0, size, batch_size))
