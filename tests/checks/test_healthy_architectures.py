@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,6 +14,9 @@ from surgery.architectures import ARCHITECTURES  # noqa: E402
 from torch import nn  # noqa: E402
 
 import normkit  # noqa: E402
+from normkit.checks.evidence import Call, Evidence, Gap, Layer  # noqa: E402
+from normkit.checks.rule import RULES  # noqa: E402
+from normkit.core.record import NormRecord  # noqa: E402
 
 HEALTHY = (
     "resnet", "resnet basic", "regnet", "mobilenet v2", "efficientnet", "convnext", "convnext v2", "vit", "dinov2",
@@ -106,3 +110,28 @@ def test_a_momentum_that_ports_took_over_from_tensorflow(name):
     found = normkit.check(model_class(model_class.config_class(**options)), select=["NK801"])
     assert found.findings
     assert not found.errors  # nothing is wrong before training
+
+
+def test_dropout_in_training_makes_no_statistics_stale():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 8), nn.BatchNorm1d(8))
+    x = torch.randn(512, 8)
+    with torch.no_grad():
+        for _ in range(100):
+            model(x)
+    assert not normkit.check(model, x, select=["NK102"]).findings
+    model[0].weight.data *= 3  # after the last update
+    assert len(normkit.check(model, x, select=["NK102"]).findings) == 1
+
+
+def test_statistics_that_are_off_without_harm_are_no_error():
+    population = Call(0, (64, 2), "float32", 64, np.zeros(2), np.full(2, 1e-3), 0.0, 1.0, True)
+    kept = {"mean": np.zeros(2), "var": np.full(2, 5e-3)}  # some of the first value of 1 is left
+    layer = Layer("bn", "BatchNorm1d", NormRecord("batch", (2,), 1, 1e-5, rate=0.1, count=50, kept=kept))
+    for gap, severity in (
+        (Gap("loss", 1, 1.0, 1.01, 1.0, 0.01), "warning"),
+        (Gap("loss", 1, 1.0, 2.0, 1.0, 0.01), "error"),
+        (None, "error"),
+    ):
+        seen = Evidence("torch", "Model", (layer,), calls={"bn": [population]}, gap=gap)
+        assert [finding.severity for finding in RULES["NK102"](seen)] == [severity]

@@ -36,14 +36,14 @@ def momentum(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         right = round(1.0 - layer.momentum, 9) if rate > 0 and layer.momentum not in (0.0, 1.0) else _default(seen)
         off = _stale(seen, layer)
         what = "never moves its statistics" if rate == 0 else f"keeps {share(rate)} of the last batch alone"
-        words = f"momentum {number(layer.momentum)} {what}"
-        line = f'{seen.name}.get_submodule("{layer.path}").momentum = {number(right)}'
+        words = f"momentum {layer.momentum:.4g} {what}"
+        line = f'{seen.name}.get_submodule("{layer.path}").momentum = {right:.4g}'
         if seen.framework == "keras":
-            line = f"layer.momentum = {number(right)}  # of {layer.path}"
+            line = f"layer.momentum = {right:.4g}  # of {layer.path}"
         if off:
             line += f"; normkit.recalibrate({seen.name}, {seen.data_name})"
         fix = Fix(line, "momentum", {"path": layer.path, "momentum": right})
-        cause = f"a momentum of another framework ({number(layer.momentum)})" if off else None
+        cause = f"a momentum of another framework ({layer.momentum:.4g})" if off else None
         severity: Severity = "error" if off and harmful(seen) else "warning"
         yield Finding(severity, layer.path, words, {"momentum": layer.momentum, "rate": rate}, fix, cause, 4.0)
 
@@ -114,5 +114,11 @@ def _default(seen: Evidence) -> float:
 
 
 def _stale(seen: Evidence, layer: Layer) -> bool:
+    """Whether its statistics were updated, and are not those of the data."""
     population = seen.population.get(layer.path)
-    return population is not None and layer.over_samples and stale(layer, population, STALE) > STALE["share"]
+    return (
+        layer.record.count != 0
+        and population is not None
+        and layer.over_samples
+        and stale(layer, population, STALE) > STALE["share"]
+    )
