@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,23 @@ from normkit.core.algebra import Pooled, merge
 from normkit.core.record import NormRecord
 from normkit.surgery.graph import Graph
 
-__all__ = ["PARTS", "Call", "Data", "Dependence", "Evidence", "Gap", "Group", "Layer", "Part", "Step"]
+__all__ = [
+    "PARTS",
+    "Call",
+    "Data",
+    "Dependence",
+    "Evidence",
+    "Gap",
+    "Group",
+    "Input",
+    "Layer",
+    "Part",
+    "Step",
+    "apart",
+]
 
 # What can be examined, and be missing: a rule names what it needs.
-Part = Literal["layers", "graph", "calls", "trained calls", "gap", "dependence", "step", "optimizer", "data"]
+Part = Literal["layers", "graph", "calls", "trained calls", "gap", "dependence", "step", "optimizer", "data", "ranks"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 # Norms whose statistics are those of the samples of a batch together.
@@ -28,6 +41,10 @@ _OVER_SAMPLES = frozenset(("batch", "ghost", "renorm", "sync", "frozen"))
 _SAME = 1e-6
 _RUN = 3
 _BORDER = 8
+# A variance of two means from samples is beyond chance at this ratio to what is expected: 97.5 % of F(1, 14), of two
+# times 8 samples, were all channels alike.
+_BEYOND = 6.3
+_KNOWN = 8  # samples, below which nothing is known of how their mean scatters
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,10 @@ class Layer:
         dtypes: role (`gamma`, `beta`, `mean`, `var`, `std`) to name of the type (`float32`).
         trained: whether gamma or beta get gradients; None where it has neither.
         parameters: role (`gamma`, `beta`) to path, as in `Evidence.parameters`.
+        stuck: whether it stays in training mode when its model is put in evaluation mode.
+        steps: of the optimizer that the model itself holds, None without one: as many updates of its statistics, if it
+            was trained in all of them and they were not loaded.
+        inferring: whether the model itself calls it with `training=False`.
     """
 
     path: str
@@ -58,6 +79,9 @@ class Layer:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     trained: bool | None = None
     parameters: Mapping[str, str] = field(default_factory=dict)
+    stuck: bool = False
+    steps: int | None = None
+    inferring: bool = False
 
     @property
     def tracks(self) -> bool:
@@ -68,6 +92,16 @@ class Layer:
     def over_samples(self) -> bool:
         """Whether its statistics are those of all samples of a batch together."""
         return self.record.kind in _OVER_SAMPLES
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether it takes the statistics of its batch in evaluation, too."""
+        return self.over_samples and self.record.kind != "frozen" and (self.stuck or not self.tracks)
+
+    @property
+    def synchronized(self) -> bool:
+        """Whether its batch is that of all processes."""
+        return self.record.kind == "sync" or self.kind.startswith("Sync")
 
 
 @dataclass(frozen=True)
@@ -169,11 +203,32 @@ class Dependence:
 
     Attributes:
         change: largest difference of the outputs of samples alone and in their batch, over the largest output.
-        suspects: paths of norms that take statistics of the batch in evaluation.
+        suspects: paths of norms that take the statistics of the batch in evaluation.
     """
 
     change: float
     suspects: tuple[str, ...]
+
+
+class Input(NamedTuple):
+    """What a norm was called on: by what it is told from another; per channel mean, variance, variance of the mean."""
+
+    shape_and_sums: tuple[Any, ...]
+    mean: NDArray[Any]
+    var: NDArray[Any]
+    noise: NDArray[Any]
+
+    @classmethod
+    def of(cls, x: NDArray[Any], axis: int) -> Input:
+        """Measure an input with its channels on `axis`."""
+        rows = np.moveaxis(x.astype(np.float64), axis, -1)
+        own = (rows.shape, float(rows.sum()), float(np.square(rows).sum()))
+        samples = rows.reshape(rows.shape[0], -1, rows.shape[-1]).mean(axis=1)
+        # Positions of one sample are alike: its mean counts once.
+        known = len(samples) >= _KNOWN
+        noise = samples.var(axis=0, ddof=1) / len(samples) if known else np.full(rows.shape[-1], np.inf)
+        rows = rows.reshape(-1, rows.shape[-1])
+        return cls(own, rows.mean(axis=0), rows.var(axis=0), noise)
 
 
 @dataclass(frozen=True)
@@ -184,13 +239,31 @@ class Step:
         updates: by path: how often its statistics were updated.
         distinct: by path: how many of its calls had inputs of their own; the others repeat one, as checkpointing does.
         moved: paths of the layers whose kept statistics changed.
-        spread: by path, of layers called on several inputs: the largest distance of their means, in deviations.
+        spread: by path, of layers called on several inputs: how far the means of two of them lie apart, see
+            :func:`normkit.checks.evidence.apart`.
+        repeated: by path: how many of its calls were made inside the backward pass.
     """
 
     updates: Mapping[str, int]
     distinct: Mapping[str, int]
     moved: frozenset[str]
     spread: Mapping[str, float] = field(default_factory=dict)
+    repeated: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        calls: Mapping[str, Sequence[Input]],
+        eps: Mapping[str, float],
+        updates: Mapping[str, int],
+        moved: frozenset[str],
+        repeated: Mapping[str, int],
+    ) -> Step:
+        """From all that norms in training were called on, by path, outside the backward pass, and their eps."""
+        inputs = {path: list({own.shape_and_sums: own for own in given}.values()) for path, given in calls.items()}
+        distinct = {path: len(own) for path, own in inputs.items()}
+        spread = {path: _spread(own, eps[path]) for path, own in inputs.items() if len(own) > 1}
+        return cls(updates, distinct, moved, spread, repeated)
 
 
 @dataclass(frozen=True)
@@ -221,6 +294,7 @@ class Data:
         drop_last: whether a short last batch is left out, None where it is not known.
         shuffled: whether the order is random, None where it is not known.
         classes: of each batch that was looked at: class to number of samples; empty where targets are no classes.
+        source: what makes the batches: `DataLoader`, `PyDataset`, `tf.data`; "" for anything else.
     """
 
     sizes: tuple[int, ...]
@@ -229,6 +303,7 @@ class Data:
     drop_last: bool | None = None
     shuffled: bool | None = None
     classes: tuple[Mapping[int, int], ...] = ()
+    source: str = ""
 
     @property
     def last(self) -> int | None:
@@ -247,6 +322,7 @@ class Evidence:
         framework: `torch` or `keras`.
         backend: of Keras, else the framework.
         model: name of the model's class.
+        training: whether the model was given in training mode; None where models have no mode.
         name: what the user calls it in code, for the lines to paste.
         data_name: the same for the data.
         layers: the norms, in the order of their calls where it is known.
@@ -255,7 +331,9 @@ class Evidence:
         calls: by path, in the pass in which norms take the statistics of the batch and dropout is off.
         trained_calls: by path, in a pass in training mode, dropout on, on the same batches.
         gap, dependence, step, groups, data: what these parts found.
-        skipped: part to reason.
+        processes: how many train together.
+        ranks: by path: how far the means that processes keep lie apart, see :func:`normkit.checks.evidence.apart`.
+        skipped: part to reason; also the path of a norm that could not be read.
     """
 
     framework: str
@@ -273,12 +351,24 @@ class Evidence:
     step: Step | None = None
     groups: tuple[Group, ...] = ()
     data: Data | None = None
+    training: bool | None = None
+    processes: int = 1
+    ranks: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def examined(self) -> frozenset[str]:
         """The parts that were."""
         return frozenset(PARTS) - self.skipped.keys()
+
+    def at(self, path: str) -> str:
+        """A part of the model in code: `model.backbone[0]`, `model.get_layer("conv1_bn")`."""
+        if self.framework == "keras":
+            return self.name + "".join(f'.get_layer("{part}")' for part in path.split("/") if part)
+        parts = path.split(".") if path else []
+        if not all(part.isdigit() or part.isidentifier() for part in parts):
+            return f'{self.name}.get_submodule("{path}")'
+        return self.name + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
 
     @cached_property
     def by_path(self) -> Mapping[str, Layer]:
@@ -303,6 +393,24 @@ def _pooled(calls: Mapping[str, Sequence[Call]]) -> Mapping[str, Pooled]:
         if parts:
             found[path] = merge(*zip(*parts, strict=True))
     return found
+
+
+def apart(means: NDArray[Any], variances: NDArray[Any], noise: NDArray[Any] | float, eps: float) -> float:
+    """How far two means lie apart, typically, in standard deviations of what they are means of.
+
+    d^2 = mean over channels of 2 (V - noise) / (mean variance + eps), V the unbiased variance of the means (calls,
+    channels) from call to call: two that differ by d deviations in every channel give d. `noise` is what V would be for
+    inputs drawn from one distribution; 0 where V is not beyond what chance makes of that.
+    """
+    sigma = variances.mean(axis=0) + eps
+    between, chance = (means.var(axis=0, ddof=1) / sigma).mean(), (noise / sigma).mean()
+    return float(np.sqrt(2 * (between - chance))) if between > _BEYOND * chance else 0.0
+
+
+def _spread(inputs: Sequence[Input], eps: float) -> float:
+    """How far their means lie apart beyond what the choice of samples does, in deviations."""
+    means, variances, noise = (np.stack([own[place] for own in inputs]) for place in (1, 2, 3))
+    return apart(means, variances, noise.mean(axis=0), eps)
 
 
 def _grouped(x: NDArray[Any], record: NormRecord, mask: NDArray[Any] | None) -> NDArray[Any]:

@@ -37,9 +37,8 @@ def momentum(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         off = _stale(seen, layer)
         what = "never moves its statistics" if rate == 0 else f"keeps {share(rate)} of the last batch alone"
         words = f"momentum {layer.momentum:.4g} {what}"
-        line = f'{seen.name}.get_submodule("{layer.path}").momentum = {right:.4g}'
-        if seen.framework == "keras":
-            line = f"layer.momentum = {right:.4g}  # of {layer.path}"
+        place = f'{seen.name}.get_submodule("{layer.path}")' if seen.framework == "torch" else seen.at(layer.path)
+        line = f"{place}.momentum = {right:.4g}"
         if off:
             line += f"; normkit.recalibrate({seen.name}, {seen.data_name})"
         fix = Fix(line, "momentum", {"path": layer.path, "momentum": right})

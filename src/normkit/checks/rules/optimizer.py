@@ -29,7 +29,10 @@ def decayed(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     affected = [layer for layer in layers if not decays.keys().isdisjoint(_pulled(seen, layer))]
     if not affected:
         return
-    fix = Fix(f"normkit.param_groups({seen.name}, weight_decay={number(max(decays.values()))})")
+    line = f"normkit.param_groups({seen.name}, weight_decay={number(max(decays.values()))})"
+    if seen.framework == "keras":
+        line = f'{seen.name}.optimizer.exclude_from_weight_decay({line}[-1]["params"])  # before the first step'
+    fix = Fix(line)
     if len(affected) == len(layers):
         words = f"weight decay on gamma or beta of all {len(layers)} norms"
         yield Finding("info", "", words, {"layers": len(layers), "weight_decay": max(decays.values())}, fix)
