@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from typing import Any
 
 from normkit.checks.engine import check
 from normkit.checks.findings import Diagnosis
-from normkit.core.constraints import Integer, OneOf
+from normkit.core.constraints import Constraint, Integer, OneOf
 from normkit.core.constraints import check as checked
 from normkit.errors import MissingExtraError, NormRuntimeError, message
 
@@ -34,7 +35,7 @@ class CheckOnce:
     Attributes:
         diagnosis: what was found; None before.
 
-    Raises NormTypeError or NormValueError for other arguments; those of `normkit.check` are looked at when it is called.
+    Raises NormTypeError or NormValueError for other arguments, those of `normkit.check` when it is called.
 
     Example:
         >>> import torch
@@ -48,7 +49,7 @@ class CheckOnce:
     """
 
     def __init__(self, data: Any, after: int = _AFTER, on_error: str = "warn", **options: Any) -> None:
-        constraints = {"after": Integer(1), "on_error": OneOf(("warn", "raise"))}
+        constraints: dict[str, Constraint] = {"after": Integer(1), "on_error": OneOf(("warn", "raise"))}
         checked("CheckOnce", constraints, {"after": after, "on_error": on_error})
         self._data, self._after, self._on_error = data, after, on_error
         self._options = {"show_progress": False, **options}
@@ -66,22 +67,21 @@ class CheckOnce:
         else:
             warnings.warn(f"step {step}: {found}", UserWarning, stacklevel=2)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any = None, batch: Any = None, batch_idx: int = 0
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
         """The hook of Lightning: check its module after `trainer.global_step` steps."""
         self(pl_module, trainer.global_step)
 
     def as_lightning(self) -> Any:
         """A `lightning.pytorch.Callback` that does it. Raises MissingExtraError where Lightning is not installed."""
         try:
-            from lightning.pytorch import Callback
+            base: Any = importlib.import_module("lightning.pytorch").Callback
         except ImportError as error:
-            raise MissingExtraError(message("this callback needs lightning, which is not installed")) from error
+            must = "this callback needs lightning, which is not installed"
+            raise MissingExtraError(message(must, hint="pip install lightning")) from error
         callback = self
 
-        class LightningCheckOnce(Callback):  # type: ignore[misc]
-            def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        class LightningCheckOnce(base):
+            def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
                 callback.on_train_batch_end(trainer, pl_module)
 
         return LightningCheckOnce()
@@ -91,17 +91,16 @@ class CheckOnce:
 
         Only then are the variables of the model those of the training with every backend.
         """
-        import keras
-
+        base: Any = importlib.import_module("keras").callbacks.Callback
         callback = self
 
-        class KerasCheckOnce(keras.callbacks.Callback):  # type: ignore[misc]
+        class KerasCheckOnce(base):
             step = 0
 
-            def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            def on_train_batch_end(self, *_: Any, **__: Any) -> None:
                 self.step += 1
 
-            def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            def on_epoch_end(self, *_: Any, **__: Any) -> None:
                 callback(self.model, self.step)
 
         return KerasCheckOnce()

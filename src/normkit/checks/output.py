@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from normkit.checks.findings import Diagnosis, Finding
 
-__all__ = ["Block", "blocks", "counted", "github", "text"]
+__all__ = ["Block", "blocks", "counted", "github", "text", "wrapped"]
 
 _SHOWN = 3  # entries of a block, paths of an entry, lines of code; the others are counted
 _WIDTH = 100
@@ -87,11 +87,11 @@ def counted(findings: Iterable[Finding]) -> str:
 def text(diagnosis: Diagnosis) -> str:
     """The sentence; a block per rule; what was not examined."""
     # The sentence is one line, for whoever reads the first line alone.
-    parts = ["\n".join([diagnosis.sentence, *(line for note in diagnosis.notes for line in _wrapped(note, "    "))])]
+    parts = ["\n".join([diagnosis.sentence, *(line for note in diagnosis.notes for line in wrapped(note, "    "))])]
     parts += ["\n".join(_lines(block)) for block in blocks(diagnosis.findings)]
     last = [f"allowed: {block.code} {block.title}: {_first(block)}" for block in blocks(diagnosis.allowed)]
     last += [f"not examined: {part}: {why}" for part, why in diagnosis.skipped.items()]
-    parts += ["\n".join(line for words in last for line in _wrapped(words, "    "))] if last else []
+    parts += ["\n".join(line for words in last for line in wrapped(words, "    "))] if last else []
     return "\n\n".join(parts)
 
 
@@ -104,7 +104,7 @@ def _first(block: Block) -> str:
 def _lines(block: Block) -> list[str]:
     lines = [f"{block.severity} {block.code}  {block.title}"]
     for where, words in block.entries:
-        lines += _wrapped(f"{where}: {words}" if where else words, "      ", "    ")
+        lines += wrapped(f"{where}: {words}" if where else words, "      ", "    ")
     if block.more:
         lines.append(f"    and {block.more} more layer{'s' if block.more > 1 else ''}")
     lines += [f"    do: {line}" for line in block.lines]  # code is not broken: it is there to be pasted
@@ -113,7 +113,7 @@ def _lines(block: Block) -> list[str]:
     return [*lines, f"    see: normkit explain {block.code}"]
 
 
-def _wrapped(words: str, later: str = "", first: str = "") -> list[str]:
+def wrapped(words: str, later: str = "", first: str = "") -> list[str]:
     """Lines of at most 100 characters; paths, codes and shares are not broken."""
     lines = textwrap.wrap(
         words.replace(" %", _UNBROKEN),

@@ -204,6 +204,8 @@ def compare(
 for verb in surgery.VERBS:
     app.command(epilog=surgery.EXIT_CODES)(verb)
 app.command(epilog=checks.EXIT_CODES)(checks.check)
+for verb in (checks.explain, checks.advise):
+    app.command()(verb)
 
 
 def _show(comparison: Comparison, report: Path, json: bool) -> None:

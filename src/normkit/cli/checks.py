@@ -10,19 +10,22 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from normkit.checks import engine
+from normkit.checks import advice, engine, pages
+from normkit.checks.cases import DATA
 from normkit.checks.findings import Diagnosis
 from normkit.checks.fixes import VERBS
 from normkit.checks.output import github as annotated
+from normkit.checks.output import wrapped
+from normkit.checks.rule import RULES
 from normkit.checks.settings import Settings, comments, configured
 from normkit.cli.loading import Checkpoint, Model, builder, function, inputs, loaded, writable
-from normkit.errors import NormTypeError, NormValueError, message
+from normkit.errors import NormTypeError, NormValueError, message, nearest
 from normkit.experiments.code import Code, call
 from normkit.experiments.config import is_reference
 from normkit.files import save
-from normkit.frameworks import framework_of, part
+from normkit.frameworks import FRAMEWORKS, framework_of, part
 
-__all__ = ["EXIT_CODES", "check"]
+__all__ = ["EXIT_CODES", "advise", "check", "explain"]
 
 EXIT_CODES = (
     "Exit codes: 0 no finding of severity `error`, 1 such a finding (or a file that could not be written), 2 bad input "
@@ -140,6 +143,52 @@ def check(
         raise typer.Abort from None  # typer would end without a word
     _show(found, outputs, model, written)
     return 1 if found.errors else 0
+
+
+def explain(
+    name: Annotated[str, typer.Argument(help="Code of a rule: NK102.")],
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON and nothing else.")] = False,
+) -> int:
+    """Tell what a rule looks for, why, and what to do."""
+    rule = RULES.get(name.upper())
+    if rule is None:
+        raise NormValueError(
+            message("what is to be explained must be a known rule", repr(name), nearest(name.upper(), RULES))
+        )
+    known = pages.facts(rule)
+    if json:
+        named = {"code": rule.code, "title": rule.title, "story": rule.story, "url": rule.url}
+        own = {"needs": list(rule.needs), "limits": dict(rule.limits), "frameworks": list(rule.frameworks)}
+        print(json_module.dumps({**named, **own}, indent=1))
+        return 0
+    facts = "\n".join(line for what, words in known for line in wrapped(f"{what}: {words}", "    "))
+    print(f"{rule.code}  {rule.title}\n\n{rule.story}\n\n{facts}\nsee: {rule.url}")
+    return 0
+
+
+def advise(
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass on one device.")],
+    data: Annotated[str, typer.Option(help=f"What they are: {', '.join(DATA)}.")],
+    model: Annotated[
+        str | None, typer.Argument(help="file.py:build, to look at its norms.", show_default=False)
+    ] = None,
+    framework: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(sorted(FRAMEWORKS))}. [default: the model's, else torch]", show_default=False),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON and nothing else.")] = False,
+) -> int:
+    """Say at once which normalization to begin with, where, what else, on what evidence, and how to test it."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            network = None
+            if model is not None:
+                network = builder(model, lambda label: Code.named(label).load(), tuple(FRAMEWORKS))()
+            found = advice.advise(network, batch_size=batch_size, data=data, framework=framework, name=model)
+    except KeyboardInterrupt:
+        raise typer.Abort from None  # typer would end without a word
+    print(json_module.dumps(found.to_dict(), indent=1) if json else found)
+    return 0
 
 
 def _check_usage(outputs: _Outputs, fixing: bool) -> None:

@@ -21,7 +21,7 @@ from normkit.surgery import batches
 
 __all__ = ["Checkpoint", "Data", "Model", "builder", "function", "inputs", "loaded", "writable"]
 
-_MODELS = {"torch": "a PyTorch model", "keras": "a Keras model"}
+_MODELS = {"torch": "a PyTorch model", "keras": "a Keras model", "nnx": "an nnx.Module"}
 
 Model = Annotated[str, typer.Argument(help="file.py:build, a function build() that returns a PyTorch model.")]
 Checkpoint = Annotated[
