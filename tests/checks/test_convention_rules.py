@@ -60,6 +60,13 @@ def test_a_momentum_that_has_done_no_harm():
         assert not found("NK801", model)
 
 
+def test_a_new_model_is_not_blamed_on_its_momentum():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=0.9997))
+    (finding,) = found("NK801", model, batches())
+    assert (finding.severity, finding.cause) == ("warning", None)
+    assert finding.words.startswith("momentum 0.9997 ")
+
+
 def test_a_momentum_of_zero_never_moves():
     model = network(0.0, [rows])
     (finding,) = found("NK801", model)

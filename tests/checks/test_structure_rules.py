@@ -132,6 +132,9 @@ def test_a_norm_is_missing_among_siblings():
     assert finding.severity == "info"
     assert isinstance(model.get_submodule(finding.path), nn.Conv2d)
     assert finding.words == "no norm behind this conv2d; 4 of 5 have one"
+    scope = {"normkit": normkit, "model": model, "x": images}
+    exec(finding.fix.line, scope)
+    assert not found("NK603", scope["model"])
 
 
 @pytest.mark.parametrize("without", [(), (1, 2, 3), (4,)], ids=["none", "most", "head"])

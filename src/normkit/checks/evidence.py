@@ -378,12 +378,21 @@ class Evidence:
     @cached_property
     def population(self) -> Mapping[str, Pooled]:
         """By path: mean and biased variance of all batches together, of norms over samples that were called."""
-        found = {}
-        for path, calls in self.calls.items():
-            parts = [(call.count, call.mean, call.var) for call in calls if call.mean is not None and call.count]
-            if parts:
-                found[path] = merge(*zip(*parts, strict=True))
-        return found
+        return _pooled(self.calls)
+
+    @cached_property
+    def trained_population(self) -> Mapping[str, Pooled]:
+        """The same in training mode, dropout on."""
+        return _pooled(self.trained_calls)
+
+
+def _pooled(calls: Mapping[str, Sequence[Call]]) -> Mapping[str, Pooled]:
+    found = {}
+    for path, own in calls.items():
+        parts = [(call.count, call.mean, call.var) for call in own if call.mean is not None and call.count]
+        if parts:
+            found[path] = merge(*zip(*parts, strict=True))
+    return found
 
 
 def apart(means: NDArray[Any], variances: NDArray[Any], noise: NDArray[Any] | float, eps: float) -> float:

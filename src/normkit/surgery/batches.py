@@ -81,13 +81,12 @@ def _is_pair(data: Any) -> bool:
 
 def _chunks(data: Any, batch_size: int | None = None) -> Iterator[Any]:
     if isinstance(data, Mapping):
-        for named in zip(*(_chunks(part, batch_size) for part in data.values()), strict=True):
-            yield dict(zip(data, named, strict=True))
+        for chunk in zip(*(_chunks(part, batch_size) for part in data.values()), strict=True):
+            yield dict(zip(data, chunk, strict=True))
         return
     size = len(data)
     if batch_size is not None:
-        for start in range(0, size, batch_size):
-            yield data[start : start + batch_size]
+        yield from (data[start : start + batch_size] for start in range(0, size, batch_size))
         return
     # Parts of nearly the same size: a last one of few samples would have no statistics to speak of.
     parts = max(1, math.ceil(size / _CHUNK)) if size else 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from normkit.checks.evidence import Evidence, Layer
 from normkit.checks.findings import Finding, Fix, Severity, number, share
 from normkit.checks.rule import Limits, rule
-from normkit.checks.rules.gap import STALE, stale
+from normkit.checks.rules.gap import STALE, harmful, stale
 
 __all__: list[str] = []
 
@@ -23,7 +23,8 @@ def momentum(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     0.99 copied to PyTorch keeps next to nothing but the last batch; so does 0.1 copied to Keras. Said where a new batch
     weighs more than `rate`, and where it weighs nothing: momentum 0 in PyTorch, 1 in Keras, so that statistics never
     move. A small weight (0.01, 0.001) is right in PyTorch where TensorFlow had 0.99 and 0.999; NK103 says where it is
-    too small for the number of steps. It is an error where the kept statistics are seen not to be those of the data.
+    too small for the number of steps. It is an error where the kept statistics are seen not to be those of the data,
+    and evaluation not to be as good as training.
     Seen in EfficientNet and Inception ports (transformers#19454, pretrained-models#5).
     """
     for layer in seen.layers:
@@ -32,17 +33,17 @@ def momentum(seen: Evidence, limits: Limits) -> Iterator[Finding]:
             continue
         if 0 < rate <= limits["rate"]:
             continue
-        right = 1.0 - layer.momentum if rate > 0 and layer.momentum not in (0.0, 1.0) else _default(seen)
+        right = round(1.0 - layer.momentum, 9) if rate > 0 and layer.momentum not in (0.0, 1.0) else _default(seen)
         off = _stale(seen, layer)
         what = "never moves its statistics" if rate == 0 else f"keeps {share(rate)} of the last batch alone"
-        words = f"momentum {number(layer.momentum)} {what}"
+        words = f"momentum {layer.momentum:.4g} {what}"
         place = f'{seen.name}.get_submodule("{layer.path}")' if seen.framework == "torch" else seen.at(layer.path)
-        line = f"{place}.momentum = {number(right)}"
+        line = f"{place}.momentum = {right:.4g}"
         if off:
             line += f"; normkit.recalibrate({seen.name}, {seen.data_name})"
         fix = Fix(line, "momentum", {"path": layer.path, "momentum": right})
-        cause = f"a momentum of another framework ({number(layer.momentum)})" if off else None
-        severity: Severity = "error" if off else "warning"
+        cause = f"a momentum of another framework ({layer.momentum:.4g})" if off else None
+        severity: Severity = "error" if off and harmful(seen) else "warning"
         yield Finding(severity, layer.path, words, {"momentum": layer.momentum, "rate": rate}, fix, cause, 4.0)
 
 
@@ -112,5 +113,11 @@ def _default(seen: Evidence) -> float:
 
 
 def _stale(seen: Evidence, layer: Layer) -> bool:
+    """Whether its statistics were updated, and are not those of the data."""
     population = seen.population.get(layer.path)
-    return population is not None and layer.over_samples and stale(layer, population, STALE) > STALE["share"]
+    return (
+        layer.record.count != 0
+        and population is not None
+        and layer.over_samples
+        and stale(layer, population, STALE) > STALE["share"]
+    )

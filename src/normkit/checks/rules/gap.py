@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from normkit.checks.evidence import Evidence, Layer
+from normkit.checks.evidence import Evidence, Gap, Layer
 from normkit.checks.findings import Finding, Fix, Severity, number, share
 from normkit.checks.rule import Limits, rule
 from normkit.core.algebra import Pooled, remaining
 
-__all__ = ["STALE", "recalibration", "stale"]
+__all__ = ["STALE", "harmful", "recalibration", "stale"]
 
 # A channel is off by this many standard deviations of the mean or this factor of the variance, a layer by this share of
 # its channels.
 STALE = {"shift": 0.25, "ratio": 2.0, "share": 0.05}
+_GAP = {"ratio": 1.1, "errors": 3.0, "outputs": 0.3}
 
 
 def recalibration(seen: Evidence) -> Fix:
@@ -38,7 +39,19 @@ def stale(layer: Layer, population: Pooled, limits: Limits) -> float:
     return float((moved | (ratio > limits["ratio"]) | (ratio < 1 / limits["ratio"]) | ~np.isfinite(ratio)).mean())
 
 
-@rule("NK101", "evaluation is worse than training", "gap", limits={"ratio": 1.1, "errors": 3.0, "outputs": 0.3})
+def harmful(seen: Evidence) -> bool:
+    """Whether statistics that are off can be an error: not where evaluation is seen to be as good as training."""
+    return seen.gap is None or _grown(seen.gap, _GAP)
+
+
+def _grown(gap: Gap, limits: Limits) -> bool:
+    if gap.measure == "outputs":
+        return not gap.eval <= limits["outputs"]
+    grown = gap.eval > limits["ratio"] * gap.train and gap.eval - gap.train > limits["errors"] * gap.error
+    return grown or not bool(np.isfinite(gap.eval))
+
+
+@rule("NK101", "evaluation is worse than training", "gap", limits=_GAP)
 def gap(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """The same batches, once with the statistics of each batch and once with the kept ones, dropout off in both.
 
@@ -49,13 +62,10 @@ def gap(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     found = seen.gap
     assert found is not None
     if found.measure == "loss":
-        big = found.eval > limits["ratio"] * found.train and found.eval - found.train > limits["errors"] * found.error
-        big = big or not np.isfinite(found.eval)
         words = f"loss {number(found.eval)} in evaluation, {number(found.train)} with the statistics of the batches"
     else:
-        big = not found.eval <= limits["outputs"]
         words = f"outputs move by {share(found.eval)} of their size between training and evaluation"
-    if big:
+    if _grown(found, limits):
         values = {"train": found.train, "eval": found.eval, "recalibrated": found.recalibrated, "error": found.error}
         yield Finding("error", found.first or "", words, values)
 
@@ -67,15 +77,20 @@ def stale_statistics(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     They go stale where weights moved after the last updates: weight averaging, pruning, quantization, a loaded
     checkpoint of other data, a backbone that drifted. A channel is off if its kept mean is further than `shift`
     standard deviations from that of the data, or the variances differ by more than the factor `ratio`; a layer, if more
-    than `share` of its channels are, an error beyond `error`. Recalibrating replaces them by those of the data.
+    than `share` of its channels are; an error beyond `error`, unless evaluation is seen to be as good as training: of
+    a channel that hardly varies little may depend. Recalibrating replaces them by those of the data.
+
+    Statistics that are those of the data in training mode are not stale: what differs then is dropout and what else is
+    random in training.
     """
     for layer in seen.layers:
         population = seen.population.get(layer.path)
         if not layer.tracks or not layer.over_samples or population is None:
             continue
-        off = stale(layer, population, limits)
+        trained = seen.trained_population.get(layer.path, population)
+        off = min(stale(layer, population, limits), stale(layer, trained, limits))
         if off > limits["share"]:
-            severity: Severity = "error" if off > limits["error"] else "warning"
+            severity: Severity = "error" if off > limits["error"] and harmful(seen) else "warning"
             words = f"kept statistics are not those of the data in {share(off)} of the channels"
             yield Finding(severity, layer.path, words, {"share": off}, recalibration(seen), "stale statistics", 1.0)
 

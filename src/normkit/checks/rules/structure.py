@@ -11,7 +11,6 @@ from normkit.checks.evidence import Evidence, Layer
 from normkit.checks.findings import Finding, Fix, Severity, share
 from normkit.checks.flow import POINTWISE, RESHAPES, Flow, channel_axis, dropout
 from normkit.checks.rule import Limits, rule
-from normkit.core.algebra import Pooled, merge
 from normkit.surgery.graph import ACTIVATIONS, ATTENTION, LINEAR, MAPS, Node
 
 __all__: list[str] = []
@@ -249,16 +248,11 @@ def _next_map(flow: Flow, node: Node) -> Node | None:
 
 def _shifted(seen: Evidence, path: str) -> float | None:
     """The factor by which dropout changes the variance of a norm's input, in the median channel; None if not known."""
-    plain, dropped = seen.population.get(path), _pooled(seen, path)
+    plain, dropped = seen.population.get(path), seen.trained_population.get(path)
     if plain is None or dropped is None:
         return None
     eps = seen.by_path[path].record.eps
     return float(np.median((dropped.var + eps) / (plain.var + eps)))
-
-
-def _pooled(seen: Evidence, path: str) -> Pooled | None:
-    parts = [(c.count, c.mean, c.var) for c in seen.trained_calls.get(path, ()) if c.mean is not None and c.count]
-    return merge(*zip(*parts, strict=True)) if parts else None
 
 
 def _channels_beside(flow: Flow, node: Node, own: int) -> tuple[int | None, Node | None]:
