@@ -124,6 +124,26 @@ def test_what_a_newcomer_gives_instead(arguments, options, said):
     assert said in str(raised.value)
 
 
+def test_a_loss_that_fails_leaves_everything_as_it_was():
+    model, before = network(), network().state_dict()
+    failing = iter([True, False, True])
+
+    def loss(outputs, y):
+        if next(failing):
+            return outputs.sum()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as raised:  # while it is held, so are the frames of what failed
+        check(model, arrays(), loss=loss, batch_size=16)
+    assert raised
+    assert torch.is_grad_enabled()
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    del raised
+    assert torch.is_grad_enabled()
+
+
 def test_a_diagnosis_can_be_kept_without_its_model():
     found = check(stale(), arrays())
     again = pickle.loads(pickle.dumps(found))
