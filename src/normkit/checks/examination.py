@@ -252,11 +252,11 @@ class _Work:
         mode: Mode,
         calls: dict[str, list[Call]] | None,
         name: str,
-        measure: Callable[[Batch, Any], Any] = lambda batch, outputs: None,
+        measure: Callable[[Batch, Any], Any] | None = None,
     ) -> list[Any]:
         """Run all batches in a mode, record the calls of norms, and return what is measured of each batch.
 
-        It is no generator: one that an error leaves half way would give the model's state back whenever it is collected.
+        It is no generator: one that an error leaves half way gives the model's state back whenever it is collected.
         """
         records = {layer.path: layer.record for layer in self.layers}
         number = 0
@@ -271,7 +271,8 @@ class _Work:
         with self.side.running(self.request.model, mode, watch, self.request.forward) as forward:
             for number, batch in enumerate(self.batches):  # `see` reads the number
                 self._tell(f"{name}, batch {number + 1} of {len(self.batches)}")
-                found.append(measure(batch, forward(batch)))
+                outputs = forward(batch)
+                found.append(None if measure is None else measure(batch, outputs))
         return found
 
     def _statistics(self, measure: _Measure, kept: list[Any]) -> None:
