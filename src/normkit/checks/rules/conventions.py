@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from normkit.checks.evidence import Evidence, Layer
 from normkit.checks.findings import Finding, Fix, Severity, number, share
 from normkit.checks.rule import Limits, rule
-from normkit.checks.rules.gap import STALE, harmful, stale
+from normkit.checks.rules.gap import harmful
+from normkit.checks.statistics import STALE, stale
 
 __all__: list[str] = []
 
@@ -114,10 +115,4 @@ def _default(seen: Evidence) -> float:
 
 def _stale(seen: Evidence, layer: Layer) -> bool:
     """Whether its statistics were updated, and are not those of the data."""
-    population = seen.population.get(layer.path)
-    return (
-        layer.record.count != 0
-        and population is not None
-        and layer.over_samples
-        and stale(layer, population, STALE) > STALE["share"]
-    )
+    return layer.record.count != 0 and stale(layer, seen.calls.get(layer.path, ()), STALE) > STALE["share"]
