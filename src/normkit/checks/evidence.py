@@ -27,6 +27,7 @@ __all__ = [
     "Part",
     "Step",
     "apart",
+    "pooled",
 ]
 
 # What can be examined, and be missing: a rule names what it needs.
@@ -385,19 +386,20 @@ class Evidence:
     @cached_property
     def population(self) -> Mapping[str, Pooled]:
         """By path: mean and biased variance of all batches together, of norms over samples that were called."""
-        return _pooled(self.calls)
+        return pooled(self.calls)
 
     @cached_property
     def trained_population(self) -> Mapping[str, Pooled]:
         """The same in training mode, dropout on."""
-        return _pooled(self.trained_calls)
+        return pooled(self.trained_calls)
 
 
-def _pooled(calls: Mapping[str, Sequence[Call]]) -> Mapping[str, Pooled]:
+def pooled(calls: Mapping[str, Sequence[Call]]) -> dict[str, Pooled]:
+    """By path: the moments of all calls together that are finite, of norms over samples."""
     found = {}
     for path, own in calls.items():
-        parts = [(call.count, call.mean, call.var) for call in own if call.mean is not None and call.count]
-        if parts:
+        parts = [(call.count, call.mean, call.var) for call in own if call.mean is not None and call.finite]
+        if sum(count for count, _, _ in parts):
             found[path] = merge(*zip(*parts, strict=True))
     return found
 

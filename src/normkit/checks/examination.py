@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from normkit.checks.evidence import Call, Data, Dependence, Evidence, Gap, Group, Layer, Part, Step, apart
+from normkit.checks.evidence import Call, Data, Dependence, Evidence, Gap, Group, Layer, Part, Step, apart, pooled
 from normkit.checks.statistics import STALE, stale
-from normkit.core.algebra import Pooled, merge, unbiased
+from normkit.core.algebra import Pooled, unbiased
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.frameworks import framework_of, part
 from normkit.surgery import batches
@@ -271,18 +271,10 @@ class _Work:
         calls: dict[str, list[Call]] = {}
         self.found["calls"] = calls  # also of a pass that fails at a layer with a single value
         train = [measure(batch, outputs) for batch, outputs in self._pass("batch", calls, "statistics of batches")]
-        population = self._population(calls)
+        population = pooled(calls)
         with self._replaced(population):
             new = [measure(batch, outputs) for batch, outputs in self._pass("eval", None, "population statistics")]
         self.found["gap"] = measure.gap(train, kept, new, self._first(calls))
-
-    def _population(self, calls: Mapping[str, Sequence[Call]]) -> dict[str, Pooled]:
-        found = {}
-        for path, own in calls.items():
-            parts = [(call.count, call.mean, call.var) for call in own if call.mean is not None and call.finite]
-            if parts:
-                found[path] = merge(*zip(*parts, strict=True))
-        return found
 
     @contextlib.contextmanager
     def _replaced(self, population: Mapping[str, Pooled]) -> Iterator[None]:
