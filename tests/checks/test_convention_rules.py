@@ -112,6 +112,7 @@ def test_an_eps_unlike_that_of_its_siblings():
     (finding,) = found("NK802", norms(1e-5, 1e-5, 1e-3, 1e-5, 1e-5))
     assert (finding.path, finding.severity) == ("2", "info")
     assert finding.words == "eps 0.001; 4 of 5 LayerNorm have 1e-05"
+    assert finding.fix.line == 'model.get_submodule("2").eps = 1e-05'
     assert not found("NK802", norms(*[1e-5] * 5))
     assert not found("NK802", norms(1e-5, 1e-5, 1e-3))  # too few to speak of a custom
     assert not found("NK802", norms(1e-5, 1e-5, 1e-5, 1e-6, 1e-6, 1e-6))  # two customs
