@@ -39,7 +39,7 @@ def momentum(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         off = _stale(seen, layer)
         what = "never moves its statistics" if rate == 0 else f"keeps {share(rate)} of the last batch alone"
         words = f"momentum {layer.momentum:.4g} {what}"
-        line = f"{_place(seen, layer)}.momentum = {right:.4g}"
+        line = f"{seen.at(layer.path)}.momentum = {right:.4g}"
         if off:
             line += f"; normkit.recalibrate({seen.name}, {seen.data_name})"
         fix = Fix(line, "momentum", {"path": layer.path, "momentum": right})
@@ -114,11 +114,7 @@ def _set_eps(seen: Evidence, layer: Layer, eps: float) -> Fix | None:
     if layer.how == "probe":
         return None
     name = "eps" if seen.framework == "torch" else "epsilon"
-    return Fix(f"{_place(seen, layer)}.{name} = {eps:g}", "eps", {"path": layer.path, "eps": eps})
-
-
-def _place(seen: Evidence, layer: Layer) -> str:
-    return f'{seen.name}.get_submodule("{layer.path}")' if seen.framework == "torch" else seen.at(layer.path)
+    return Fix(f"{seen.at(layer.path)}.{name} = {eps:g}", "eps", {"path": layer.path, "eps": eps})
 
 
 def _default(seen: Evidence) -> float:
