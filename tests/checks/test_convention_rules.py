@@ -44,7 +44,7 @@ def test_a_momentum_of_keras():
     assert (finding.path, finding.severity) == ("1", "error")  # the last batch is not the data
     assert finding.words == "momentum 0.99 keeps 99 % of the last batch alone"
     assert finding.cause == "a momentum of another framework (0.99)"
-    assert finding.fix.line == 'model.get_submodule("1").momentum = 0.01; normkit.recalibrate(model, data)'
+    assert finding.fix.line == "model[1].momentum = 0.01; normkit.recalibrate(model, data)"
     assert finding.fix.arguments == {"path": "1", "momentum": pytest.approx(0.01)}
     assert not finding.fix.safe
     assert not found("NK801", network(0.01, batches()), batches())
@@ -54,7 +54,7 @@ def test_a_momentum_that_has_done_no_harm():
     model = network(0.99, [rows])
     (finding,) = found("NK801", model)
     assert (finding.severity, finding.cause) == ("warning", None)
-    assert finding.fix.line == 'model.get_submodule("1").momentum = 0.01'
+    assert finding.fix.line == "model[1].momentum = 0.01"
     for momentum in (0.1, 0.003, 0.5, None):
         model[1].momentum = momentum
         assert not found("NK801", model)
@@ -112,6 +112,7 @@ def test_an_eps_unlike_that_of_its_siblings():
     (finding,) = found("NK802", norms(1e-5, 1e-5, 1e-3, 1e-5, 1e-5))
     assert (finding.path, finding.severity) == ("2", "info")
     assert finding.words == "eps 0.001; 4 of 5 LayerNorm have 1e-05"
+    assert finding.fix.line == "model[2].eps = 1e-05"
     assert not found("NK802", norms(*[1e-5] * 5))
     assert not found("NK802", norms(1e-5, 1e-5, 1e-3))  # too few to speak of a custom
     assert not found("NK802", norms(1e-5, 1e-5, 1e-5, 1e-6, 1e-6, 1e-6))  # two customs

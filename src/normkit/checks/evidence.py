@@ -27,6 +27,7 @@ __all__ = [
     "Part",
     "Step",
     "apart",
+    "pooled",
 ]
 
 # What can be examined, and be missing: a rule names what it needs.
@@ -114,6 +115,8 @@ class Call:
         dtype: name of its type.
         count: values behind one statistic, in the smallest group.
         mean, var: per channel, biased, in float64; None for norms that take statistics of every sample by itself.
+        between: per channel, the unbiased variance of the means of single samples; None as `mean`, for one sample, and
+            with a mask.
         ratio: the largest |mean| / sqrt(var + eps) of a statistic; constants (var <= eps), which have no digits to
             lose, are left out.
         largest: the largest |x|, of what is finite.
@@ -131,6 +134,7 @@ class Call:
     largest: float
     finite: bool
     padded: float = 0.0
+    between: NDArray[Any] | None = None
 
     @classmethod
     def of(cls, x: NDArray[Any], record: NormRecord, batch: int, dtype: str, mask: NDArray[Any] | None = None) -> Call:
@@ -164,6 +168,7 @@ class Call:
             largest=float(np.abs(wide).max(initial=0.0)),
             finite=whole,
             padded=_padded(wide, record.axis) if mask is None else 0.0,
+            between=_between(wide, record.axis) if over and mask is None and len(x) > 1 else None,
         )
 
 
@@ -173,12 +178,14 @@ class Gap:
 
     Attributes:
         measure: `loss`; or `outputs`, where the numbers are root mean square changes of the outputs against those with
-            the statistics of the batch, over the size of these.
+            the statistics of the batch, over the deviation of these from sample to sample.
         batches: how many.
         train: norms take the statistics of the batch, as in training.
         eval: norms take what they keep.
         recalibrated: norms take the population statistics of these batches.
-        error: standard error of the difference of `eval` and `train` over the batches.
+        error: standard error of the difference of `eval` and `train` over the batches; 0 for a single one.
+        moved: root mean square change of the outputs between `train` and `eval`, over their deviation from sample to
+            sample; NaN where it is not known.
         first: the layer, in the order of the calls, whose kept statistics differ first from those of the data.
     """
 
@@ -189,6 +196,7 @@ class Gap:
     recalibrated: float
     error: float
     first: str | None = None
+    moved: float = float("nan")
 
     @property
     def closed(self) -> float:
@@ -378,19 +386,20 @@ class Evidence:
     @cached_property
     def population(self) -> Mapping[str, Pooled]:
         """By path: mean and biased variance of all batches together, of norms over samples that were called."""
-        return _pooled(self.calls)
+        return pooled(self.calls)
 
     @cached_property
     def trained_population(self) -> Mapping[str, Pooled]:
         """The same in training mode, dropout on."""
-        return _pooled(self.trained_calls)
+        return pooled(self.trained_calls)
 
 
-def _pooled(calls: Mapping[str, Sequence[Call]]) -> Mapping[str, Pooled]:
+def pooled(calls: Mapping[str, Sequence[Call]]) -> dict[str, Pooled]:
+    """By path: the moments of all calls together that are finite, of norms over samples."""
     found = {}
     for path, own in calls.items():
-        parts = [(call.count, call.mean, call.var) for call in own if call.mean is not None and call.count]
-        if parts:
+        parts = [(call.count, call.mean, call.var) for call in own if call.mean is not None and call.finite]
+        if sum(count for count, _, _ in parts):
             found[path] = merge(*zip(*parts, strict=True))
     return found
 
@@ -430,6 +439,12 @@ def _grouped(x: NDArray[Any], record: NormRecord, mask: NDArray[Any] | None) -> 
         parts = rows.reshape(*rows.shape[:2], record.groups, -1)
         return np.moveaxis(parts, 2, 3).reshape(rows.shape[0], -1, record.groups)
     return rows
+
+
+def _between(x: NDArray[Any], axis: int) -> NDArray[Any]:
+    """The variance over samples of their means, which positions of one sample, alike as they are, do not make small."""
+    rows = np.moveaxis(x, axis, -1)
+    return rows.reshape(rows.shape[0], -1, rows.shape[-1]).mean(axis=1).var(axis=0, ddof=1)
 
 
 def _padded(x: NDArray[Any], axis: int) -> float:

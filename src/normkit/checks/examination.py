@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from normkit.checks.evidence import Call, Data, Dependence, Evidence, Gap, Group, Layer, Part, Step, apart
-from normkit.core.algebra import Pooled, merge, unbiased
+from normkit.checks.evidence import Call, Data, Dependence, Evidence, Gap, Group, Layer, Part, Step, apart, pooled
+from normkit.checks.statistics import STALE, stale
+from normkit.core.algebra import Pooled, unbiased
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.frameworks import framework_of, part
 from normkit.surgery import batches
@@ -31,6 +32,7 @@ Loss = Callable[[Any, Any], Any]  # of outputs and targets
 Forward = Callable[[Any, Any], Any]  # of the model and what the loader gives
 
 _CLASSES = 1000  # more different whole numbers than this are no classes
+_VALUES = 4096  # outputs of one sample that are kept, of maps of pixels a part
 
 
 class Batch(NamedTuple):
@@ -275,23 +277,15 @@ class _Work:
                 found.append(None if measure is None else measure(batch, outputs))
         return found
 
-    def _statistics(self, measure: _Measure, kept: list[Any]) -> None:
+    def _statistics(self, measure: _Measure, kept: list[_Seen]) -> None:
         """The same batches with their own statistics, and with those of all of them."""
         calls: dict[str, list[Call]] = {}
         self.found["calls"] = calls  # also of a pass that fails at a layer with a single value
         train = self._pass("batch", calls, "statistics of batches", measure)
-        population = self._population(calls)
+        population = pooled(calls)
         with self._replaced(population):
             new = self._pass("eval", None, "population statistics", measure)
-        self.found["gap"] = measure.gap(train, kept, new, self._first(population))
-
-    def _population(self, calls: Mapping[str, Sequence[Call]]) -> dict[str, Pooled]:
-        found = {}
-        for path, own in calls.items():
-            parts = [(call.count, call.mean, call.var) for call in own if call.mean is not None and call.finite]
-            if parts:
-                found[path] = merge(*zip(*parts, strict=True))
-        return found
+        self.found["gap"] = measure.gap(train, kept, new, self._first(calls))
 
     @contextlib.contextmanager
     def _replaced(self, population: Mapping[str, Pooled]) -> Iterator[None]:
@@ -305,16 +299,11 @@ class _Work:
                     side.keep(layer.layer, side.as_kept(layer.layer, moments.mean, var))
             yield
 
-    def _first(self, population: Mapping[str, Pooled]) -> str | None:
+    def _first(self, calls: Mapping[str, Sequence[Call]]) -> str | None:
         """The first layer in the order of calls whose kept statistics are not those of the data."""
-        from normkit.checks.rules.gap import STALE, stale
-
         by_path = {layer.path: layer for layer in self.layers}
-        for path in dict.fromkeys(self.order):
-            layer = by_path[path]
-            if layer.tracks and path in population and stale(layer, population[path], STALE) > STALE["share"]:
-                return path
-        return None
+        off = (path for path in calls if stale(by_path[path], calls[path], STALE) > STALE["share"])
+        return next(off, None)
 
     def _trained(self) -> None:
         calls: dict[str, list[Call]] = {}
@@ -352,8 +341,15 @@ class _Work:
         )
 
 
+class _Seen(NamedTuple):
+    """What one batch gave: its loss, NaN without; some of its outputs, (samples, values), None where there are none."""
+
+    loss: float
+    outputs: NDArray[Any] | None
+
+
 class _Measure:
-    """What a pass is judged by: the loss, or how far outputs are from those of the first pass."""
+    """What a pass is judged by: the loss, and how far outputs are from those of another pass."""
 
     def __init__(self, work: _Work) -> None:
         request = work.request
@@ -362,23 +358,53 @@ class _Measure:
             self._loss = None  # that of a compiled model needs targets
         self._side, self._model = recording(framework_of(request.model)), request.model
 
-    def __call__(self, batch: Batch, outputs: Any) -> Any:
+    def __call__(self, batch: Batch, outputs: Any) -> _Seen:
         if self._loss is None and getattr(outputs, "loss", None) is not None:
             self._loss = lambda outputs, _: outputs.loss  # models of transformers that are given labels
         if self._loss is None:
-            return self._side.array(outputs)
+            return _Seen(float("nan"), _some(self._side.array(outputs)))
         target = None if batch.y is None else self._side.given(self._model, batch.y)
-        return float(self._side.array(self._loss(outputs, target)).mean())
+        loss = float(self._side.array(self._loss(outputs, target)).mean())
+        values = None
+        with contextlib.suppress(TypeError, AttributeError, IndexError):  # outputs that only the loss can read
+            values = _some(self._side.array(outputs))
+        return _Seen(loss, values)
 
-    def gap(self, train: list[Any], kept: list[Any], new: list[Any], first: str | None) -> Gap:
-        if self._loss is not None:
-            differences = np.subtract(kept, train)
-            error = float(differences.std(ddof=1) / np.sqrt(len(train))) if len(train) > 1 else float("inf")
-            values = [float(np.mean(losses)) for losses in (train, kept, new)]
-            return Gap("loss", len(train), values[0], values[1], values[2], error, first)
-        size = _root(train) or 1.0
-        moved = [_root([a - b for a, b in zip(outputs, train, strict=True)]) / size for outputs in (kept, new)]
-        return Gap("outputs", len(train), 0.0, moved[0], moved[1], 0.0, first)
+    def gap(self, train: list[_Seen], kept: list[_Seen], new: list[_Seen], first: str | None) -> Gap:
+        moved = _moved(kept, train)
+        if self._loss is None:
+            return Gap("outputs", len(train), 0.0, moved, _moved(new, train), 0.0, first, moved)
+        losses = [np.array([seen.loss for seen in way]) for way in (train, kept, new)]
+        differences = losses[1] - losses[0]
+        error = float(differences.std(ddof=1) / np.sqrt(len(train))) if len(train) > 1 else 0.0
+        values = [float(way.mean()) for way in losses]
+        return Gap("loss", len(train), values[0], values[1], values[2], error, first, moved)
+
+
+def _some(outputs: NDArray[Any]) -> NDArray[Any] | None:
+    """At most so many values of each sample, always the same."""
+    if outputs.ndim == 0 or not outputs.size:
+        return None
+    rows = outputs.reshape(len(outputs), -1)
+    return rows[:, :: -(-rows.shape[1] // _VALUES)]
+
+
+def _moved(way: Sequence[_Seen], other: Sequence[_Seen]) -> float:
+    """Root mean square change of the outputs, over their deviation from sample to sample.
+
+    NaN where it is not known, infinity where one of them is not finite.
+    """
+    pairs = [(a.outputs, b.outputs) for a, b in zip(way, other, strict=True)]
+    told = [(a, b) for a, b in pairs if a is not None and b is not None and a.shape == b.shape]
+    if len(told) < len(pairs):
+        return float("nan")
+    if not all(np.isfinite(value).all() for pair in told for value in pair):
+        return float("inf")
+    alike = len({b.shape[1] for _, b in told}) == 1
+    centre = np.concatenate([b for _, b in told]).mean(axis=0) if alike else np.mean([b.mean() for _, b in told])
+    size = _root([b - centre for _, b in told])
+    change = _root([a - b for a, b in told])
+    return change / size if size else float(change > 0)
 
 
 def _root(arrays: Sequence[NDArray[Any]]) -> float:

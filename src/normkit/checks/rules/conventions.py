@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from normkit.checks.evidence import Evidence, Layer
 from normkit.checks.findings import Finding, Fix, Severity, number, share
 from normkit.checks.rule import Limits, rule
-from normkit.checks.rules.gap import STALE, harmful, stale
+from normkit.checks.rules.gap import harmful
+from normkit.checks.statistics import STALE, stale
 
 __all__: list[str] = []
 
 _FLOAT16_MAX = 65504.0
+_EPS = 1e-5  # PyTorch's own, which float16 can hold
 _USUAL = 0.1  # weight of a new batch where the layer says nothing
 
 
@@ -37,8 +39,7 @@ def momentum(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         off = _stale(seen, layer)
         what = "never moves its statistics" if rate == 0 else f"keeps {share(rate)} of the last batch alone"
         words = f"momentum {layer.momentum:.4g} {what}"
-        place = f'{seen.name}.get_submodule("{layer.path}")' if seen.framework == "torch" else seen.at(layer.path)
-        line = f"{place}.momentum = {right:.4g}"
+        line = f"{seen.at(layer.path)}.momentum = {right:.4g}"
         if off:
             line += f"; normkit.recalibrate({seen.name}, {seen.data_name})"
         fix = Fix(line, "momentum", {"path": layer.path, "momentum": right})
@@ -64,7 +65,7 @@ def eps(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         if half and layer.record.eps < limits["half"]:
             severity: Severity = "warning" if layer.how == "probe" else "info"
             words = f"eps {number(layer.record.eps)} is 0 in float16, the type of its input"
-            yield Finding(severity, layer.path, words, {"eps": layer.record.eps})
+            yield Finding(severity, layer.path, words, {"eps": layer.record.eps}, _set_eps(seen, layer, _EPS))
     for kind, layers in families.items():
         usual, count = Counter(layer.record.eps for layer in layers).most_common(1)[0]
         if len(layers) < limits["layers"] or count < limits["share"] * len(layers):
@@ -72,7 +73,8 @@ def eps(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         for layer in layers:
             if layer.record.eps != usual:
                 words = f"eps {number(layer.record.eps)}; {count} of {len(layers)} {kind} have {number(usual)}"
-                yield Finding("info", layer.path, words, {"eps": layer.record.eps, "usual": usual})
+                values = {"eps": layer.record.eps, "usual": usual}
+                yield Finding("info", layer.path, words, values, _set_eps(seen, layer, usual))
 
 
 @rule("NK803", "a mean far from zero", "layers", "calls", limits={"ratio": 100.0})
@@ -107,6 +109,14 @@ def overflow(seen: Evidence, limits: Limits) -> Iterator[Finding]:
             yield Finding("warning", layer.path, words, {"largest": largest})
 
 
+def _set_eps(seen: Evidence, layer: Layer, eps: float) -> Fix | None:
+    """Where the framework has the layer; a class of one's own may call it otherwise."""
+    if layer.how == "probe":
+        return None
+    name = "eps" if seen.framework == "torch" else "epsilon"
+    return Fix(f"{seen.at(layer.path)}.{name} = {eps:g}", "eps", {"path": layer.path, "eps": eps})
+
+
 def _default(seen: Evidence) -> float:
     """The momentum of a new layer, as the framework writes it; Keras' own default is 0.99."""
     return _USUAL if seen.framework == "torch" else 0.99
@@ -114,10 +124,4 @@ def _default(seen: Evidence) -> float:
 
 def _stale(seen: Evidence, layer: Layer) -> bool:
     """Whether its statistics were updated, and are not those of the data."""
-    population = seen.population.get(layer.path)
-    return (
-        layer.record.count != 0
-        and population is not None
-        and layer.over_samples
-        and stale(layer, population, STALE) > STALE["share"]
-    )
+    return layer.record.count != 0 and stale(layer, seen.calls.get(layer.path, ()), STALE) > STALE["share"]

@@ -69,8 +69,9 @@ def doubled(seen: Evidence, limits: Limits) -> Iterator[Finding]:
             per_channel = layer.record.kind in _SUBTRACTING
             severity: Severity = "warning" if per_channel and not layer.frozen else "info"
             words = f"normalizes what the {_name(first)} at {first.path} gives, over the same axes"
-            fix = Fix(f'{seen.name} = normkit.remove({seen.name}, "{layer.path}")', "remove", {"path": layer.path})
-            yield Finding(severity, layer.path, words, {"first": first.path}, fix)
+            fix = Fix(f'{seen.name} = normkit.remove({seen.name}, "{layer.path}")')
+            values: dict[str, float | int | str | None] = {"first": first.path}
+            yield Finding(severity, layer.path, words, values, fix if seen.framework == "torch" else None)
 
 
 @rule("NK603", "a norm is missing", "graph", limits={"share": 0.75, "maps": 4})
