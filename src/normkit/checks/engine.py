@@ -40,8 +40,9 @@ def check(
         if function is not None and not callable(function):
             raise NormTypeError(message(f"`{name}` must be a function", repr(function)))
     asked = chosen(select, ignore)
+    wanted = frozenset(part for rule in asked for part in (*rule.needs, *rule.uses))
     with _teller(show_progress) as tell:
-        seen = examine(Request(model, data, optimizer, loss, forward, steps, tell))
+        seen = examine(Request(model, data, optimizer, loss, forward, steps, tell, wanted=wanted))
     return diagnosed(seen, asked, limits or {})
 
 
