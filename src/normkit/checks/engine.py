@@ -104,7 +104,8 @@ def check(
         raise NormTypeError(message("`forward` must be a function", repr(forward), "def forward(model, batch): ..."))
     chosen_loss = _loss(model, loss)
     with _teller(show_progress) as tell:
-        return looked(Request(model, data, optimizer, chosen_loss, forward, steps, tell, batch_size), settings)
+        request = Request(model, data, optimizer, chosen_loss, forward, steps, tell, batch_size, wanted=settings.wanted)
+        return looked(request, settings)
 
 
 def looked(request: Request, settings: Settings) -> Diagnosis:

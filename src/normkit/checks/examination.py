@@ -11,7 +11,20 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from normkit.checks.evidence import Call, Data, Dependence, Evidence, Gap, Group, Layer, Part, Step, apart, pooled
+from normkit.checks.evidence import (
+    PARTS,
+    Call,
+    Data,
+    Dependence,
+    Evidence,
+    Gap,
+    Group,
+    Layer,
+    Part,
+    Step,
+    apart,
+    pooled,
+)
 from normkit.checks.statistics import STALE, stale
 from normkit.core.algebra import Pooled, unbiased
 from normkit.errors import NormTypeError, NormValueError, message
@@ -30,6 +43,9 @@ See = Callable[[str, NDArray[Any], str, NDArray[Any] | None], None]
 
 Loss = Callable[[Any, Any], Any]  # of outputs and targets
 Forward = Callable[[Any, Any], Any]  # of the model and what the loader gives
+
+# What one part of the work gives, where that is not the part of the same name alone.
+_GIVES: dict[Part, tuple[Part, ...]] = {"gap": ("calls", "gap")}
 
 _CLASSES = 1000  # more different whole numbers than this are no classes
 _VALUES = 4096  # outputs of one sample that are kept, of maps of pixels a part
@@ -106,6 +122,7 @@ class Request(NamedTuple):
     tell: Callable[[str], None]
     batch_size: int | None = None
     data_name: str = "data"
+    wanted: frozenset[Part] = frozenset(PARTS)  # the parts that some rule looks at
 
 
 def examination(framework: str) -> Examination:
@@ -193,6 +210,9 @@ class _Work:
 
     def _attempt(self, part: Part, work: Callable[[], None]) -> None:
         """Let one part of the examination fail without the others: a model that cannot train can be looked at."""
+        if not self.request.wanted.intersection(_GIVES.get(part, (part,))):
+            self.skipped |= dict.fromkeys(_GIVES.get(part, (part,)), "")
+            return
         try:
             work()
         except Exception as error:

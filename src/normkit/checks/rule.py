@@ -25,6 +25,7 @@ class Rule:
         code: `NK102`; never given to another rule.
         title: what is wrong, in a few words.
         needs: the parts of the evidence without which it cannot be asked.
+        uses: further parts that it looks at where they are there.
         limits: its thresholds by name, each may be set by the user.
         frameworks: for which it means something.
         story: what goes wrong, how it is seen, what to do, and the source.
@@ -37,6 +38,7 @@ class Rule:
     frameworks: tuple[str, ...]
     story: str
     run: Run
+    uses: tuple[Part, ...] = ()
 
     @property
     def url(self) -> str:
@@ -57,6 +59,7 @@ def rule(
     code: str,
     title: str,
     *needs: Part,
+    uses: tuple[Part, ...] = (),
     limits: Limits | None = None,
     frameworks: tuple[str, ...] = ("torch", "keras"),
 ) -> Callable[[Run], Run]:
@@ -65,9 +68,9 @@ def rule(
     def register(function: Run) -> Run:
         assert _CODE.fullmatch(code), code
         assert code not in RULES, f"{code} is given twice"
-        assert set(needs) <= set(PARTS), needs
+        assert set(needs) | set(uses) <= set(PARTS), (needs, uses)
         story = inspect.getdoc(function) or ""
-        RULES[code] = Rule(code, title, needs, limits or {}, frameworks, story, function)
+        RULES[code] = Rule(code, title, needs, limits or {}, frameworks, story, function, uses)
         return function
 
     return register

@@ -14,8 +14,8 @@ from normkit.core.algebra import merge
 
 __all__ = ["STALE", "Scatter", "fresh", "new", "scatter", "stale"]
 
-# A channel is off by this many standard deviations of the mean or this factor of the variance, and by this many standard
-# errors of what the data shows; a layer by this share of its channels.
+# A channel is off by this many standard deviations of the mean or this factor of the variance, and by this many
+# standard errors of what the data shows; a layer by this share of its channels.
 STALE = {"shift": 0.25, "ratio": 2.0, "errors": 3.0, "share": 0.05}
 
 
@@ -62,8 +62,8 @@ def scatter(calls: Sequence[Call], eps: float) -> Scatter | None:
     told = [call for call in calls if call.mean is not None and call.var is not None and call.finite and call.count]
     if not told:
         return None
-    means, variances = np.stack([call.mean for call in told]), np.stack([call.var for call in told])  # type: ignore[misc]
-    population = merge([call.count for call in told], means, variances)
+    means, variances = (np.stack([getattr(call, name) for call in told]) for name in ("mean", "var"))
+    population = merge([call.count for call in told], list(means), list(variances))
     sigma = np.sqrt(population.var + eps)
     several = len(told) > 1
     mean = means.std(axis=0, ddof=1) / sigma if several else np.zeros_like(sigma)

@@ -23,7 +23,7 @@ _MIXED = {
 
 
 @rule("NK201", "non-finite statistics", "layers")
-def non_finite(seen: Evidence, limits: Limits) -> Iterator[Finding]:
+def non_finite(seen: Evidence, _: Limits) -> Iterator[Finding]:
     """One batch with NaN or infinity makes running averages NaN forever, since every later one is mixed into them.
 
     A GradScaler that skips the step does not skip this update (pytorch#88474). Recalibrating replaces kept statistics;
@@ -43,8 +43,8 @@ def non_finite(seen: Evidence, limits: Limits) -> Iterator[Finding]:
             yield Finding("error", layer.path, f"NaN or infinity in {' and '.join(lost)}", {"parameters": len(lost)})
 
 
-@rule("NK202", "broken variance", "layers")
-def broken_variance(seen: Evidence, limits: Limits) -> Iterator[Finding]:
+@rule("NK202", "broken variance", "layers", uses=("calls",))
+def broken_variance(seen: Evidence, _: Limits) -> Iterator[Finding]:
     """A kept variance below 0, or 0 in every channel, was never computed from data.
 
     It comes from E[x^2] - E[x]^2 in low precision, from extrapolated or subtracted weights, or from a tool that resets
@@ -69,7 +69,7 @@ def broken_variance(seen: Evidence, limits: Limits) -> Iterator[Finding]:
 
 
 @rule("NK203", "kept statistics in half precision", "layers")
-def low_precision(seen: Evidence, limits: Limits) -> Iterator[Finding]:
+def low_precision(seen: Evidence, _: Limits) -> Iterator[Finding]:
     """A running average in half precision stops moving: an update below half a unit in the last place is lost.
 
     With bfloat16, 8 bits, that is every update by less than 1/512 of the value: at momentum 0.001 a mean that should
@@ -112,15 +112,16 @@ def huge_gain(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     shift of the data that is nothing at the input decides the output.
     """
     for layer in seen.layers:
-        std, gamma = layer.record.deviation(), layer.record.gamma_for("w")
-        if std is None or not np.isfinite(std).all() or not (std > 0).all():
-            continue
+        var, std, gamma = layer.record.variance(), layer.record.deviation(), layer.record.gamma_for("w")
+        if var is None or std is None or not np.isfinite(std).all() or (var < 0).any() or not (std > 0).all():
+            continue  # NK201, NK202
         gain = (1.0 if gamma is None else np.abs(gamma)) / std
         largest = float(np.max(gain))
         if np.isfinite(largest) and largest > limits["gain"]:
             severity: Severity = "warning" if largest > limits["warning"] else "info"
             many = float((gain > limits["gain"]).mean())
-            words = f"evaluation multiplies a channel by {number(largest)}, {share(many)} of them by over {limits['gain']:g}"
+            words = f"evaluation multiplies {share(many)} of the channels by over {limits['gain']:g}"
+            words += f", one by {number(largest)}"
             yield Finding(severity, layer.path, words, {"gain": largest, "share": many})
 
 

@@ -31,7 +31,7 @@ def harmful(seen: Evidence) -> bool:
     return seen.gap is None or _wide(seen, _GAP)
 
 
-@rule("NK101", "evaluation is worse than training", "gap", limits=_GAP)
+@rule("NK101", "evaluation is worse than training", "gap", uses=("calls", "data"), limits=_GAP)
 def gap(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """The same batches, once with the statistics of each batch and once with the kept ones, dropout off in both.
 
@@ -57,7 +57,14 @@ def gap(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         yield Finding(severity, found.first or "", words, values)
 
 
-@rule("NK102", "kept statistics are not those of the data", "layers", "calls", limits={**STALE, "error": 0.5})
+@rule(
+    "NK102",
+    "kept statistics are not those of the data",
+    "layers",
+    "calls",
+    uses=("data", "trained calls", "gap"),
+    limits={**STALE, "error": 0.5},
+)
 def stale_statistics(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """In evaluation a batch norm normalizes by averages kept in training.
 
@@ -85,7 +92,7 @@ def stale_statistics(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         yield Finding(severity, layer.path, words, {"share": off}, recalibration(seen), "stale statistics", 1.0)
 
 
-@rule("NK103", "statistics not converged", "layers", limits={"left": 0.05})
+@rule("NK103", "statistics not converged", "layers", uses=("calls",), limits={"left": 0.05})
 def not_converged(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """Running averages start at mean 0 and variance 1, and (1 - rate)^updates of that is still in them.
 
@@ -121,7 +128,7 @@ def _debiased(layer: Layer, left: float) -> Layer:
 
 
 @rule("NK104", "statistics never trained", "layers")
-def never_trained(seen: Evidence, limits: Limits) -> Iterator[Finding]:
+def never_trained(seen: Evidence, _: Limits) -> Iterator[Finding]:
     """A layer keeps exactly mean 0 and variance 1, its first values: in evaluation it does not normalize at all.
 
     Of a whole model that was not trained yet, this is a note. It is an error where gamma and beta were trained, or
@@ -142,7 +149,14 @@ def never_trained(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         yield Finding(severity, layer.path, words, values, recalibration(seen), "statistics never trained", 4.0)
 
 
-@rule("NK105", "the model leans on the statistics of small batches", "gap", "calls", limits={"noise": _NOISE})
+@rule(
+    "NK105",
+    "the model leans on the statistics of small batches",
+    "gap",
+    "calls",
+    uses=("data",),
+    limits={"noise": _NOISE},
+)
 def small_batches(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """Statistics of few values scatter, and a network can learn to read its batch instead of its samples.
 
@@ -152,7 +166,7 @@ def small_batches(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """
     if not _wide(seen, _GAP) or _of_kept(seen) or _ordered(seen):
         return
-    line = f'{seen.name} = normkit.replace({seen.name}, {{"batch": "renorm"}})  # or "group", or larger batches; train again'
+    line = f'{seen.name} = normkit.replace({seen.name}, {{"batch": "renorm"}})  # or "group"; then train again'
     for layer in _tracking(seen):
         found = scatter(seen.calls.get(layer.path, ()), layer.record.eps)
         if found is None or layer.frozen or not found.noise > limits["noise"]:
@@ -170,7 +184,7 @@ def dropout(seen: Evidence, limits: Limits) -> Iterator[Finding]:
 
     x d / (1 - p), where d is 1 with probability 1 - p, has the variance (var + mean^2) / (1 - p) - mean^2: more than
     twice that of x for p = 0.5. The layer keeps it, and divides by too much in evaluation (arXiv:1801.05134). Measured
-    on the same batches with dropout on and off: the geometric mean over channels of the ratio of variances outside
+    on the same batches with dropout on and off: the median over living channels of the ratio of variances outside
     [`low`, `high`], with the kept variance off in the same direction. Put dropout behind the last batch norm; for a
     trained model recalibrate, which is done with dropout off.
     """
@@ -181,15 +195,18 @@ def dropout(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         if on is None or off is None or kept is None or fresh(layer) or layer.frozen:
             continue
         eps = layer.record.eps
-        ratio, own = _geometric((on.population.var + eps) / (off.population.var + eps)), 0.0
-        own = _geometric(np.square(kept) / (off.population.var + eps))
+        alive = off.population.var > eps
+        if not alive.any():
+            continue
+        ratio = float(np.median(on.population.var[alive] / off.population.var[alive]))
+        own = float(np.median((np.square(kept) / (off.population.var + eps))[alive]))
         if min(ratio, own) > limits["high"] or max(ratio, own) < limits["low"]:
             words = f"dropout makes the variance of its input {number(ratio)} times what it is in evaluation"
             cause = "dropout before batch norm shifts its variance"
             yield Finding("warning", layer.path, words, {"ratio": ratio, "kept": own}, recalibration(seen), cause, 2.0)
 
 
-@rule("NK107", "Bessel's factor matters", "calls", limits={"factor": 1.1})
+@rule("NK107", "Bessel's factor matters", "calls", uses=("gap",), limits={"factor": 1.1})
 def bessel(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """Training divides by the variance of n values, evaluation by n / (n - 1) times as much on average.
 
@@ -210,7 +227,7 @@ def bessel(seen: Evidence, limits: Limits) -> Iterator[Finding]:
             yield Finding("info", layer.path, words, {"factor": factor, "values": n}, fix, cause, 0.4)
 
 
-@rule("NK108", "batches are no random samples of the data", "calls", "data", limits=_MIXED)
+@rule("NK108", "batches are no random samples of the data", "calls", "data", uses=("gap",), limits=_MIXED)
 def ordered(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """Batch norm takes a batch for a random sample. Sorted by class, each batch is centred on its own class.
 
@@ -313,8 +330,3 @@ def _bound(freedom: int, deviations: float) -> float:
     """A quantile of chi square over its degrees of freedom (Wilson and Hilferty, 1931)."""
     spread = 2 / (9 * freedom)
     return float((1 - spread + deviations * np.sqrt(spread)) ** 3)
-
-
-def _geometric(ratio: np.ndarray) -> float:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.exp(np.log(ratio).mean()))
