@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from normkit.checks.evidence import PARTS, Evidence, Part
-from normkit.checks.findings import Finding
+from normkit.checks.findings import PAGE, Finding
 
 __all__ = ["RULES", "Limits", "Rule", "rule"]
 
@@ -25,6 +25,7 @@ class Rule:
         code: `NK102`; never given to another rule.
         title: what is wrong, in a few words.
         needs: the parts of the evidence without which it cannot be asked.
+        uses: further parts that it looks at where they are there.
         limits: its thresholds by name, each may be set by the user.
         frameworks: for which it means something.
         story: what goes wrong, how it is seen, what to do, and the source.
@@ -37,11 +38,17 @@ class Rule:
     frameworks: tuple[str, ...]
     story: str
     run: Run
+    uses: tuple[Part, ...] = ()
+
+    @property
+    def url(self) -> str:
+        """Where it is explained."""
+        return f"{PAGE}#{self.code.lower()}"
 
     def __call__(self, seen: Evidence, limits: Limits | None = None) -> list[Finding]:
-        """The findings, with the code filled in."""
+        """The findings, with code and title filled in."""
         chosen = {**self.limits, **(limits or {})}
-        return [replace(finding, code=self.code) for finding in self.run(seen, chosen)]
+        return [replace(finding, code=self.code, title=self.title) for finding in self.run(seen, chosen)]
 
 
 # By code. Filled by importing `normkit.checks.rules`.
@@ -52,6 +59,7 @@ def rule(
     code: str,
     title: str,
     *needs: Part,
+    uses: tuple[Part, ...] = (),
     limits: Limits | None = None,
     frameworks: tuple[str, ...] = ("torch", "keras"),
 ) -> Callable[[Run], Run]:
@@ -60,9 +68,9 @@ def rule(
     def register(function: Run) -> Run:
         assert _CODE.fullmatch(code), code
         assert code not in RULES, f"{code} is given twice"
-        assert set(needs) <= set(PARTS), needs
+        assert set(needs) | set(uses) <= set(PARTS), (needs, uses)
         story = inspect.getdoc(function) or ""
-        RULES[code] = Rule(code, title, needs, limits or {}, frameworks, story, function)
+        RULES[code] = Rule(code, title, needs, limits or {}, frameworks, story, function, uses)
         return function
 
     return register

@@ -12,8 +12,7 @@ from keras import layers, ops
 
 from normkit.keras.porting import is_norm
 from normkit.keras.probe import untouched
-from normkit.surgery.graph import Graph, Node
-from normkit.surgery.insertion import KNOWN
+from normkit.surgery.graph import KNOWN, Graph, Node
 
 __all__ = ["Flow", "capture", "functional", "stock"]
 

@@ -20,9 +20,8 @@ from normkit.keras.probe import own_errors
 from normkit.keras.recording import array, given, watching
 from normkit.keras.surgery import Changes, Subject, check_runs, like, rebuilt, sites
 from normkit.surgery.conversion import write
-from normkit.surgery.graph import LINEAR, Graph, Node
+from normkit.surgery.graph import KNOWN, LINEAR, Graph, Node
 from normkit.surgery.insertion import (
-    KNOWN,
     Place,
     as_identity,
     check_identity,

@@ -14,6 +14,7 @@ from normkit.errors import NormValueError, message
 
 __all__ = [
     "are_shares",
+    "by_name",
     "called",
     "check",
     "correct",
@@ -79,6 +80,24 @@ def are_shares(outputs: NDArray[Any]) -> bool:
     if outputs.ndim < 2 or not (outputs >= 0).all():
         return False
     return bool(np.allclose(outputs.sum(-1), 1, atol=1e-2 if outputs.dtype == np.float16 else 1e-3))
+
+
+def by_name(loss: str) -> Callable[[Any, Any], Any]:
+    """A named loss as a function of outputs and targets. The first outputs tell whether they are shares of classes."""
+    shares: bool | None = None
+
+    def mean(outputs: Any, targets: Any) -> Any:
+        nonlocal shares
+        if shares is None:
+            known = ops.convert_to_numpy(targets)
+            if loss == "cross_entropy" and (known == np.rint(known)).all():
+                known = known.astype(int)  # models are given everything in the type they compute in
+            check(loss, tuple(outputs.shape), known)
+            shares = loss == "cross_entropy" and are_shares(ops.convert_to_numpy(outputs))
+        labels = ops.cast(targets, "int32") if loss == "cross_entropy" else targets
+        return mean_loss(loss, outputs, labels, shares)
+
+    return mean
 
 
 def mean_loss(loss: str | Callable[..., Any], outputs: Any, targets: Any, shares: bool) -> Any:

@@ -16,13 +16,12 @@ from normkit.core.constraints import Constraint, Flag, OneOf, check
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.frameworks import is_layer
-from normkit.surgery.graph import LINEAR, Graph, Node
+from normkit.surgery.graph import ACTIVATIONS, ATTENTION, LINEAR, MAPS, NORMS, Graph, Node
 from normkit.surgery.plan import Edit, Report
 from normkit.surgery.protocol import Subject, opened
 from normkit.surgery.sites import Site, named
 
 __all__ = [
-    "KNOWN",
     "Opened",
     "Place",
     "as_identity",
@@ -34,22 +33,6 @@ __all__ = [
     "without_bias",
 ]
 
-# fmt: off
-_ACTIVATIONS = frozenset((
-    "activation", "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish",
-    "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh", "tanhshrink",
-    "threshold",
-))
-_NORMS = frozenset((
-    "batch_norm", "group_norm", "instance_norm", "layer_norm", "local_response_norm", "normalize", "rms_norm",
-))
-_MAPS = LINEAR | {"bilinear", "einsum_dense", "gru", "lstm", "multi_head_attention_forward", "rnn_relu", "rnn_tanh"}
-_ATTENTION = frozenset(("baddbmm", "bmm", "einsum", "matmul", "scaled_dot_product_attention", "softmax"))
-# fmt: on
-
-# Functions of which it is known what they do to a norm in front of them, by their plain names; `activation` is one that
-# has no such name but stands where a layer takes its activation.
-KNOWN = _ACTIVATIONS | _NORMS | _MAPS | _ATTENTION
 # A value per channel that is added to all of x is subtracted again by their statistics.
 _SUBTRACTING = ("batch", "ghost", "renorm", "instance")
 
@@ -387,15 +370,15 @@ class _Plan:
 
     def _kind(self, node: Node) -> str | None:
         owners = {path.rpartition(".")[0] for path in node.state.values()}
-        if node.path in self._norms or owners & self._norms or node.op in _NORMS:
+        if node.path in self._norms or owners & self._norms or node.op in NORMS:
             return "norm"
         if node.op in ("output", "unknown"):
             return node.op
-        if node.op in _MAPS:
+        if node.op in MAPS:
             return "linear"
-        if node.op in _ATTENTION:
+        if node.op in ATTENTION:
             return None if node.op == "softmax" and self._gives_outputs(node) else "attention"
-        if node.op not in _ACTIVATIONS:
+        if node.op not in ACTIVATIONS:
             return None
         return "gate" if node.op in ("sigmoid", "hardsigmoid") and self._gates(node) else "activation"
 
