@@ -70,8 +70,8 @@ def normalized(kind, groups, eps, gamma, beta):
     return y * gamma + beta
 
 
-PAIRS = [*(("batch", new) for new in MAKE), ("rms", "renorm"), ("instance", "ghost"), ("renorm", "batch"), ("group", "group"),
-         ("rms", "layer"), ("layer", "rms"), ("instance", "group"), ("group", "instance")]  # fmt: skip
+PAIRS = [*(("batch", new) for new in MAKE), ("rms", "renorm"), ("instance", "ghost"), ("renorm", "batch"),
+         ("group", "group"), ("rms", "layer"), ("layer", "rms"), ("instance", "group"), ("group", "instance")]  # fmt: skip
 
 
 @once
