@@ -18,7 +18,7 @@ from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
 from normkit.surgery.protocol import opened
 from normkit.surgery.sites import Site, named
 
-__all__ = ["Opened", "remove", "replace", "turned"]
+__all__ = ["Opened", "finished", "remove", "replace", "turned"]
 
 _KEEPING = ("batch", "ghost", "renorm")  # kept statistics of one mean and variance per channel
 _RATE = 0.1  # PyTorch's momentum, for norms made of one that kept nothing
@@ -133,7 +133,7 @@ def replace(
 
     edits = [_edit(subject, site, change) for site in subject.sites if site.path in chosen]
     options = {"inplace": inplace, "dry_run": dry_run, "return_report": return_report, "optimizer": optimizer}
-    return _finished("replace", model, subject, edits, **options)
+    return finished("replace", "replaced", model, subject, edits, **options)
 
 
 def remove(
@@ -183,7 +183,7 @@ def remove(
         return subject.take(site.path, None), "taken out"
 
     edits = [_edit(subject, site, change) for site in subject.sites if site.path in chosen]
-    return _finished("remove", model, subject, edits, **flags, optimizer=optimizer)
+    return finished("remove", "removed", model, subject, edits, **flags, optimizer=optimizer)
 
 
 def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: int | None = None) -> NormRecord:
@@ -267,10 +267,15 @@ def _edit(subject: Opened, site: Site, change: Callable[[Site], tuple[str, str]]
     return Edit(site.path, str(site), new, why)
 
 
-def _finished(
+class _Finishing(Protocol):
+    def finish(self, *, inplace: bool, optimizer: Any) -> tuple[Any, float | None]: ...
+
+
+def finished(
     verb: str,
+    done: str,
     model: Any,
-    subject: Opened,
+    subject: _Finishing,
     edits: list[Edit],
     *,
     inplace: bool,
@@ -278,12 +283,13 @@ def _finished(
     return_report: bool,
     optimizer: Any,
 ) -> Any:
+    """What a verb returns once its edits are planned; `done` is its participle, for an error where there is nothing."""
     notes = (OLD_OPTIMIZER,) if optimizer is None else ()
     report = Report(verb, type(model).__name__, None, tuple(edits), notes)
     if dry_run:
         return report
     if not report.done:
-        must = f"`model` must have a norm that can be {verb}d"
+        must = f"`model` must have a norm that can be {done}"
         raise NormValueError(message(must, report.reasons))
     result, difference = subject.finish(inplace=inplace, optimizer=optimizer)
     return (result, dataclasses.replace(report, difference=difference)) if return_report else result
