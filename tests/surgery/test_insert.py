@@ -117,7 +117,7 @@ def test_identity_by_the_statistics_of_all_data(cut):
     norm = result[2].norm
     torch.testing.assert_close(norm.bias, values.mean(0), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(norm.running_var, values.var(0), rtol=1e-10, atol=1e-10)
-    assert torch.equal(norm.weight, (norm.running_var + norm.eps).sqrt())
+    torch.testing.assert_close(norm.weight.detach(), (norm.running_var + norm.eps).sqrt(), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

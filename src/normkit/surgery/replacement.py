@@ -21,6 +21,7 @@ from normkit.surgery.sites import Site, named
 __all__ = ["Opened", "finished", "remove", "replace", "turned"]
 
 _KEEPING = ("batch", "ghost", "renorm")  # kept statistics of one mean and variance per channel
+_FROZEN = "frozen"  # batch norm as constants: no normalizer of its own, so not in the catalog
 _RATE = 0.1  # PyTorch's momentum, for norms made of one that kept nothing
 _VIRTUAL_BATCH_SIZE = 16
 _ARGUMENTS: dict[str, Constraint] = {
@@ -75,14 +76,18 @@ def replace(
     something different; with an `example` the report says by how much the outputs change. A norm that keeps statistics
     where the old one did not starts them at mean 0 and variance 1: train it, or `normkit.recalibrate` it.
 
+    `frozen` is batch norm whose gamma, beta and statistics are constants (:class:`normkit.torch.FrozenBatchNorm2d`), of
+    images: what keeps statistics can become that, with the same numbers in evaluation, and a frozen batch norm any
+    other norm. It is no normalizer of the catalog, so `normkit.insert` and `normkit.compare` do not know it.
+
     Parameters that the new layer has too stay the same objects, as do hooks.
 
     Args:
         model: a torch.nn.Module.
-        norms: what becomes what. Keys: a short name of the catalog, the class of a layer, the path of a layer, a
-            function of (path, layer); a path counts before a class or function, these before a short name. Values: a
-            short name, or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer, whose own
-            values then count.
+        norms: what becomes what. Keys: a short name of the catalog or `frozen`, the class of a layer, the path of a
+            layer, a function of (path, layer); a path counts before a class or function, these before a short name.
+            Values: a short name, or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer,
+            whose own values then count.
         accelerated: in place of `norms`: torch.nn's own classes, and RMS and layer norms that a probe recognizes,
             become ours, with the same numbers, parameters and `state_dict`. Other subclasses stay.
         example: inputs that the model takes, to measure the change.
@@ -115,7 +120,8 @@ def replace(
         raise NormTypeError(message("`norms` must be a mapping", repr(norms), '{"batch": "group"}'))
     for new in (norms or {}).values():
         if isinstance(new, str):
-            find(new)
+            if new != _FROZEN:
+                find(new)
         elif isinstance(new, type) or not callable(new):
             must = "values of `norms` must be short names, or functions from a record to a layer"
             raise NormTypeError(message(must, repr(new)))
@@ -191,7 +197,7 @@ def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: in
 
     Args:
         record: of the old norm.
-        kind: short name of the new one.
+        kind: short name of the new one, or `frozen`.
         groups: of group norm, None for the usual number.
         ndim: number of axes of its inputs, None where it is not known.
 
@@ -208,6 +214,12 @@ def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: in
     if record.kind == "rms" and kind != "rms" and gamma is not None:
         beta = np.zeros(record.shape)
     channels = record.shape[0]
+    frozen = kind == _FROZEN
+    if frozen:
+        if not record.kept:
+            hint = "normkit.freeze, which fixes gamma and beta"
+            raise NormValueError(message("a frozen norm must have been one with kept statistics", record.words, hint))
+        kind = "batch"
     kept: Mapping[str, Any] = {}
     if kind in _KEEPING:
         kept = record.kept or {"mean": np.zeros(channels), "var": np.ones(channels)}
@@ -227,13 +239,14 @@ def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: in
         spatial=spatial,
         groups=groups if kind == "group" else None,
         virtual_batch_size=(record.virtual_batch_size or _VIRTUAL_BATCH_SIZE) if kind == "ghost" else None,
-        rate=record.rate if record.kept else _RATE,
+        rate=record.rate if record.kept and not record.frozen else _RATE,
         clips=(record.clips or RenormSchedule()) if kind == "renorm" else None,
         gain=gain,
         gamma=gamma,
         beta=beta,
         kept=kept,
         count=record.count if record.kept and kept else None,
+        frozen=frozen,
     )
 
 
@@ -244,7 +257,11 @@ def _carried(old: NormRecord, new: NormRecord) -> str:
     if new.beta is None and old.beta is not None and np.any(old.beta):
         words += ", beta is lost"
     if new.kept:
-        words += ", statistics too" if old.kept else "; its statistics start at 0 and 1: train or recalibrate it"
+        words += (
+            f", statistics too{', all as constants' if new.frozen else ''}"
+            if old.kept
+            else "; its statistics start at 0 and 1: train or recalibrate it"
+        )
     elif old.kept:
         words += "; no statistics are kept any more"
     alike = old.kind == new.kind or (old.kept and new.kept)
@@ -253,7 +270,7 @@ def _carried(old: NormRecord, new: NormRecord) -> str:
 
 def _named(subject: Opened, argument: str, keys: Any) -> dict[str, Any]:
     layers = {site.path: subject.layer(site.path) for site in subject.sites}
-    return named(argument, keys, layers, {site.path: site.record.kind for site in subject.sites})
+    return named(argument, keys, layers, {site.path: site.record.name for site in subject.sites})
 
 
 def _edit(subject: Opened, site: Site, change: Callable[[Site], tuple[str, str]]) -> Edit:

@@ -72,7 +72,7 @@ def recognize(path: str, module: nn.Module) -> Site | None:
         if record is None:
             return None
         names = {role: NAMES[role] for role in _present(record)}
-        constant = bool(record.kept) and not module.training
+        constant = bool(record.kept) and (record.frozen or not module.training)
         return Site(path, type(module).__name__, record, "class", names, constant)
     return _probed(path, module)
 
@@ -100,7 +100,9 @@ def _probed(path: str, module: nn.Module) -> Site | None:
         role: tensors[name].detach().double().cpu().numpy().copy() for role, name in names.items()
     }
     kept = {role: arrays.pop(role) for role in ("mean", "var") if tracked}
-    record = NormRecord(kind, shape, axis, eps, gain=gain, kept=kept, **arrays)
+    frozen = tracked and not any(True for _ in module.parameters())
+    spatial = 2 if frozen and type(module).__name__.endswith("2d") else None
+    record = NormRecord(kind, shape, axis, eps, gain=gain, kept=kept, spatial=spatial, frozen=bool(frozen), **arrays)
     return Site(path, type(module).__name__, record, "probe", names, bool(tracked))
 
 
