@@ -27,6 +27,7 @@ NORMS = {
     "ours": nkt.BatchNorm2d,
     "theirs": Theirs,
     "sync": nn.SyncBatchNorm,
+    "our sync": nkt.SyncBatchNorm,
     "renorm": nkt.BatchRenorm2d,
     "ghost": lambda n: nkt.GhostBatchNorm2d(n, virtual_batch_size=2),
     "instance": lambda n: nn.InstanceNorm2d(n, affine=True, track_running_stats=True),
