@@ -71,7 +71,8 @@ def normalized(kind, groups, eps, gamma, beta):
 
 
 PAIRS = [*(("batch", new) for new in MAKE), ("rms", "renorm"), ("instance", "ghost"), ("renorm", "batch"),
-         ("group", "group"), ("rms", "layer"), ("layer", "rms"), ("instance", "group"), ("group", "instance")]  # fmt: skip
+         ("group", "group"), ("rms", "layer"), ("layer", "rms"), ("instance", "group"),
+         ("group", "instance")]  # fmt: skip
 
 
 @once
