@@ -18,7 +18,7 @@ from normkit.keras.factory import norm_layer
 from normkit.keras.graph import Flow, capture, functional, stock
 from normkit.keras.probe import own_errors
 from normkit.keras.recording import array, given, watching
-from normkit.keras.surgery import Changes, Subject, check_runs, like, rebuilt, sites
+from normkit.keras.surgery import Changes, Subject, check_runs, like, policy, rebuilt, sites
 from normkit.surgery import batches
 from normkit.surgery.conversion import write
 from normkit.surgery.graph import KNOWN, LINEAR, Graph, Node
@@ -229,7 +229,7 @@ def _activation(layer: Any, names: set[str]) -> Any:
     name = _unused(f"{layer.name}_activation", names)
     if isinstance(layer.activation, keras.layers.Layer):
         return like(layer.activation, name, layer)
-    return keras.layers.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
+    return keras.layers.Activation(layer.activation, name=name, dtype=policy(layer))
 
 
 def _unused(name: str, names: set[str]) -> str:
