@@ -27,12 +27,12 @@ BELOW = {
     "torch": {"errors", "core", "kernels", "surgery", "checks"},
     "keras": {"errors", "core", "kernels", "surgery", "checks"},
     "nnx": {"errors", "core", "kernels"},
-    "testing": {"errors", "core"},
+    "testing": {"errors", "core", "checks"},
     "experiments": {"errors", "files", "frameworks", "tables", "core", "kernels"},
     "surgery": {"errors", "frameworks", "tables", "core"},
     "checks": {"errors", "files", "frameworks", "tables", "core", "surgery"},
-    "report": {"errors", "core", "experiments"},
-    "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report"},
+    "report": {"errors", "core", "experiments", "checks"},
+    "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report", "checks"},
 }
 # Files that hold a framework's side of something and may import it at the top.
 FRAMEWORK_FILES = {

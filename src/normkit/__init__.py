@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normkit.checks.advice import advise as advise
     from normkit.checks.engine import check as check
     from normkit.core.algebra import groups_for as groups_for
     from normkit.errors import NormError as NormError
@@ -33,6 +34,7 @@ _HOME = {
     "NormError": "normkit.errors",
     "activations": "normkit.experiments.activations",
     "adapt": "normkit.surgery.adaptation",
+    "advise": "normkit.checks.advice",
     "check": "normkit.checks.engine",
     "compare": "normkit.experiments",
     "fold": "normkit.surgery.folding",

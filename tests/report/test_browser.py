@@ -12,7 +12,7 @@ import pytest
 from made import grid, regression, settings
 
 from normkit.report import render
-from normkit.report.draw import DARK, LIGHT
+from normkit.report.look import DARK, LIGHT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium", path="/usr/bin")
 FLAGS = [

@@ -188,3 +188,12 @@ def test_a_graph_is_printed_as_a_table():
         "3   output               2",
     ]
     assert graph._repr_html_().count("<tr>") == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes"), [(nn.Dropout, 2), (nn.Dropout1d, 3), (nn.Dropout2d, 4), (nn.AlphaDropout, 2)]
+)
+def test_every_dropout_says_how_much_it_drops(kind, axes):
+    graph = read.capture(nn.Sequential(kind(0.25)).eval(), torch.zeros([2] * axes), lambda _: False).graph
+    (node,) = (node for node in graph.nodes if "dropout" in node.op)
+    assert (node.options["p"], node.options["training"]) == (0.25, False)

@@ -5,16 +5,29 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from normkit.checks.evidence import PARTS, Call, Data, Dependence, Evidence, Gap, Group, Layer, Part, Step
+from normkit.checks.evidence import (
+    PARTS,
+    Call,
+    Data,
+    Dependence,
+    Evidence,
+    Gap,
+    Group,
+    Layer,
+    Part,
+    Step,
+    apart,
+    pooled,
+)
 from normkit.checks.statistics import STALE, stale
-from normkit.core.algebra import Pooled, merge, unbiased
-from normkit.errors import NormTypeError, message
+from normkit.core.algebra import Pooled, unbiased
+from normkit.errors import NormTypeError, NormValueError, message
 from normkit.frameworks import framework_of, part
 from normkit.surgery import batches
 from normkit.surgery.graph import Graph
@@ -52,6 +65,15 @@ class Examination(Protocol):
     def layers(self, model: Any) -> tuple[Layer, ...]:
         """Every norm layer, once, in the order of registration. Raises NormValueError for a model that is not built."""
 
+    def backend(self) -> str:
+        """What computes: that of Keras, else the framework."""
+
+    def unread(self, model: Any) -> Mapping[str, str]:
+        """Paths of norm layers that `layers` leaves out, since no record can say what they compute, and why."""
+
+    def stuck(self, model: Any, batch: Batch, forward: Forward | None) -> frozenset[str]:
+        """Paths of norms that keep statistics, yet are called in training mode in evaluation, beyond `Layer.stuck`."""
+
     def parameters(self, model: Any) -> Mapping[str, bool]:
         """Every parameter by its path, and whether it gets gradients."""
 
@@ -81,8 +103,8 @@ class Examination(Protocol):
     def optimizer(self, model: Any) -> Any:
         """The optimizer that the model itself holds, None without."""
 
-    def loss(self, model: Any) -> Loss | None:
-        """The loss that the model itself holds, a function of outputs and targets; None without."""
+    def loss(self, model: Any, given: Loss | None) -> Loss | None:
+        """The loss that was given, or that the model itself holds, as a function of outputs and targets; or None."""
 
     def loader(self, data: Any) -> Mapping[str, Any]:
         """What a loader of the framework says of itself: fields of :class:`Data`."""
@@ -98,6 +120,7 @@ class Request(NamedTuple):
     forward: Forward | None
     steps: int
     tell: Callable[[str], None]
+    batch_size: int | None = None
     data_name: str = "data"
     wanted: frozenset[Part] = frozenset(PARTS)  # the parts that some rule looks at
 
@@ -126,18 +149,21 @@ class _Work:
     side: Examination
     layers: tuple[Layer, ...]
     found: dict[str, Any] = field(default_factory=dict)
-    skipped: dict[Part, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         request, side = self.request, self.side
+        self._compare()
+        self.skipped |= side.unread(request.model)
         self.found["parameters"] = side.parameters(request.model)
         optimizer = request.optimizer if request.optimizer is not None else side.optimizer(request.model)
         if optimizer is None:
             self.skipped["optimizer"] = "none was given"
         else:
-            self.found["groups"] = side.groups(request.model, optimizer)
+            several = optimizer if isinstance(optimizer, tuple | list) else (optimizer,)
+            self.found["groups"] = tuple(group for one in several for group in side.groups(request.model, one))
         if request.data is None:
             self.skipped |= dict.fromkeys(("graph", "calls", "trained calls", "gap", "dependence", "step", "data"), "")
             self.skipped["data"] = "none was given: what depends on it was not looked at"
@@ -145,8 +171,17 @@ class _Work:
         self._take()
         if not self.batches:
             return
-        measure = _Measure(self)  # what fails in evaluation is the user's to know
-        kept = [measure(batch, outputs) for batch, outputs in self._pass("eval", None, "kept statistics")]
+        measure = _Measure(self)
+        try:
+            kept = [measure(batch, outputs) for batch, outputs in self._pass("eval", None, "kept statistics")]
+        except Exception as error:
+            if not self._single_value():
+                raise  # what fails in evaluation is the user's to know
+            why = f"evaluation fails: {_words(error)}"
+            self.skipped |= dict.fromkeys(("graph", "trained calls", "gap", "dependence", "step"), why)
+            return
+        stuck = side.stuck(request.model, self.batches[0], request.forward)
+        self.layers = tuple(replace(layer, stuck=layer.stuck or layer.path in stuck) for layer in self.layers)
         self._tell("the flow of data")
         self._attempt("graph", self._graph)
         self._attempt("gap", lambda: self._statistics(measure, kept))
@@ -161,10 +196,12 @@ class _Work:
         framework = framework_of(model)
         return Evidence(
             framework=framework,
+            backend=self.side.backend(),
             model=type(model).__name__,
             layers=tuple(layers),
             data_name=self.request.data_name,
-            skipped={str(part): why for part, why in self.skipped.items()},
+            training=model.training if framework == "torch" else None,
+            skipped=self.skipped,
             **self.found,
         )
 
@@ -179,12 +216,42 @@ class _Work:
         try:
             work()
         except Exception as error:
-            self.skipped[part] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            self.skipped[part] = _words(error)
+
+    def _single_value(self) -> bool:
+        """Whether evaluation fails at a norm that is given a single value per statistic, which then is a finding."""
+        calls: dict[str, list[Call]] = {}
+        with contextlib.suppress(Exception):  # it is known to fail
+            for _ in self._pass("eval", calls, "evaluation again"):
+                pass
+        self.found["calls"] = calls
+        return bool(self.order) and calls[self.order[-1]][-1].count == 1
+
+    def _compare(self) -> None:
+        """What all processes keep, before a forward pass of DistributedDataParallel makes that the same."""
+        own = {
+            layer.path: (np.asarray(layer.record.kept["mean"]), np.asarray(layer.record.variance()))
+            for layer in self.layers
+            if layer.tracks
+        }
+        everyone = recording(framework_of(self.request.model)).gathered(own)
+        self.found["processes"] = len(everyone)
+        if len(everyone) == 1:
+            self.skipped["ranks"] = ""
+            return
+        eps = {layer.path: layer.record.eps for layer in self.layers}
+        shared = [path for path in own if all(path in kept for kept in everyone)]
+        stacks = {path: [np.stack(each) for each in zip(*(k[path] for k in everyone), strict=True)] for path in shared}
+        self.found["ranks"] = {path: apart(mean, var, 0.0, eps[path]) for path, (mean, var) in stacks.items()}
 
     def _take(self) -> None:
         data = self.request.data
         batches.repeatable("data", data)
-        for raw, (x, y) in batches.raw(data, self.request.steps):
+        whole, batch_size = batches.whole(data), self.request.batch_size
+        if batch_size is not None and not whole:
+            must = "`batch_size` is for data that is an array, or a pair of arrays"
+            raise NormValueError(message(must, type(data).__name__, "a loader has a batch size of its own"))
+        for raw, (x, y) in batches.raw(data, self.request.steps, batch_size):
             self.batches.append(Batch(x, y, raw))
         if not self.batches:
             self.skipped |= dict.fromkeys(("calls", "trained calls", "gap", "dependence", "step"), "the data is empty")
@@ -192,9 +259,8 @@ class _Work:
         sizes = tuple(batches.size(batch.x) for batch in self.batches)
         classes = tuple(filter(None, (_classes(batch.y) for batch in self.batches)))
         known = self.side.loader(data)
-        whole = hasattr(data, "shape") or (isinstance(data, tuple) and all(hasattr(part, "shape") for part in data))
-        if whole and "samples" not in known:
-            known = {"samples": batches.size(data), **known}
+        if whole:
+            known = {"samples": batches.size(data), "batch_size": batch_size, **known}
         enough = len(classes) == len(self.batches)
         self.found["data"] = Data(sizes, classes=classes if enough else (), **known)
 
@@ -225,18 +291,10 @@ class _Work:
         calls: dict[str, list[Call]] = {}
         self.found["calls"] = calls  # also of a pass that fails at a layer with a single value
         train = [measure(batch, outputs) for batch, outputs in self._pass("batch", calls, "statistics of batches")]
-        population = self._population(calls)
+        population = pooled(calls)
         with self._replaced(population):
             new = [measure(batch, outputs) for batch, outputs in self._pass("eval", None, "population statistics")]
         self.found["gap"] = measure.gap(train, kept, new, self._first(calls))
-
-    def _population(self, calls: Mapping[str, Sequence[Call]]) -> dict[str, Pooled]:
-        found = {}
-        for path, own in calls.items():
-            parts = [(call.count, call.mean, call.var) for call in own if call.mean is not None and call.finite]
-            if parts:
-                found[path] = merge(*zip(*parts, strict=True))
-        return found
 
     @contextlib.contextmanager
     def _replaced(self, population: Mapping[str, Pooled]) -> Iterator[None]:
@@ -263,21 +321,27 @@ class _Work:
         self.found["trained_calls"] = calls
 
     def _dependence(self) -> None:
-        batch = next((batch for batch in self.batches if batches.size(batch.x) > 1), None)
+        suspects = tuple(layer.path for layer in self.layers if layer.by_batch)
+        # One sample alone, two where a norm of the batch would have a single value per statistic.
+        calls = [call for path in suspects for call in self.found["calls"].get(path, ())]
+        alone = 2 if any(call.count == call.shape[0] for call in calls) else 1
+        batch = next((batch for batch in self.batches if batches.size(batch.x) > alone), None)
         if batch is None:
-            self.skipped["dependence"] = "every batch holds one sample"
+            self.skipped["dependence"] = f"no batch holds more than {alone} sample{'s' if alone > 1 else ''}"
             return
         self._tell("evaluation of single samples")
         array = recording(framework_of(self.request.model)).array
-        alone = Batch(*(_cut(part) for part in batch))
+        few = Batch(*(_cut(part, alone) for part in batch))
         with self.side.running(self.request.model, "eval", None, self.request.forward) as forward:
-            together, single = array(forward(batch)), array(forward(alone))
-        if together.ndim == 0 or len(together) != batches.size(batch.x):
+            together, again, single = (array(forward(part)) for part in (batch, batch, few))
+        if together.ndim == 0 or len(together) != batches.size(batch.x) or single.shape != together[:alone].shape:
             self.skipped["dependence"] = "the model does not give one output per sample"
             return
+        if not np.array_equal(together, again, equal_nan=True):
+            self.skipped["dependence"] = "evaluation is random"
+            return
         scale = float(np.abs(together).max(initial=0.0)) or 1.0
-        change = float(np.abs(together[:1] - single).max(initial=0.0)) / scale
-        suspects = tuple(layer.path for layer in self.layers if layer.over_samples and not layer.tracks)
+        change = float(np.abs(together[:alone] - single).max(initial=0.0)) / scale
         self.found["dependence"] = Dependence(change, suspects)
 
     def _step(self) -> None:
@@ -299,7 +363,9 @@ class _Measure:
 
     def __init__(self, work: _Work) -> None:
         request = work.request
-        self._loss = request.loss or work.side.loss(request.model)
+        self._loss = work.side.loss(request.model, request.loss)
+        if request.loss is None and all(batch.y is None for batch in work.batches):
+            self._loss = None  # that of a compiled model needs targets
         self._side, self._model = recording(framework_of(request.model)), request.model
 
     def __call__(self, batch: Batch, outputs: Any) -> _Seen:
@@ -356,13 +422,18 @@ def _root(arrays: Sequence[NDArray[Any]]) -> float:
     return float(np.sqrt(sum(np.square(y).sum() for y in arrays) / sum(y.size for y in arrays)))
 
 
-def _cut(x: Any) -> Any:
-    """The first sample."""
+def _cut(x: Any, samples: int) -> Any:
+    """The first samples."""
     if isinstance(x, Mapping):
-        return {name: _cut(value) for name, value in x.items()}
+        return {name: _cut(value, samples) for name, value in x.items()}
     if isinstance(x, tuple | list):
-        return tuple(map(_cut, x))
-    return x[:1] if hasattr(x, "shape") and len(x.shape) else x
+        return tuple(_cut(part, samples) for part in x)
+    return x[:samples] if hasattr(x, "shape") and len(x.shape) else x
+
+
+def _words(error: Exception) -> str:
+    """Its class and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
 def _classes(y: Any) -> Mapping[int, int]:

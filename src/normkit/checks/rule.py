@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from normkit.checks.evidence import PARTS, Evidence, Part
-from normkit.checks.findings import Finding
+from normkit.checks.findings import PAGE, Finding
 
 __all__ = ["RULES", "Limits", "Rule", "rule"]
 
@@ -40,10 +40,15 @@ class Rule:
     run: Run
     uses: tuple[Part, ...] = ()
 
+    @property
+    def url(self) -> str:
+        """Where it is explained."""
+        return f"{PAGE}#{self.code.lower()}"
+
     def __call__(self, seen: Evidence, limits: Limits | None = None) -> list[Finding]:
-        """The findings, with the code filled in."""
+        """The findings, with code and title filled in."""
         chosen = {**self.limits, **(limits or {})}
-        return [replace(finding, code=self.code) for finding in self.run(seen, chosen)]
+        return [replace(finding, code=self.code, title=self.title) for finding in self.run(seen, chosen)]
 
 
 # By code. Filled by importing `normkit.checks.rules`.

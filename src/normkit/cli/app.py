@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from normkit.cli import surgery
+from normkit.cli import checks, surgery
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
@@ -203,6 +203,9 @@ def compare(
 
 for verb in surgery.VERBS:
     app.command(epilog=surgery.EXIT_CODES)(verb)
+app.command(epilog=checks.EXIT_CODES)(checks.check)
+for verb in (checks.explain, checks.advise):
+    app.command()(verb)
 
 
 def _show(comparison: Comparison, report: Path, json: bool) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import json
-import os
 import sys
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -16,12 +13,11 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import typer
 
-from normkit.errors import NormTypeError, NormValueError, message
+from normkit.cli.loading import Checkpoint, Data, Model, builder, function, inputs, loaded, writable
+from normkit.errors import NormValueError, message
 from normkit.experiments.code import Code, call
-from normkit.experiments.config import is_reference
 from normkit.experiments.protocol import training
 from normkit.files import save
-from normkit.frameworks import framework_of
 from normkit.surgery import batches, folding, insertion, recalibration, replacement
 from normkit.surgery.plan import Report
 from normkit.surgery.protocol import recording
@@ -35,19 +31,6 @@ EXIT_CODES = (
 )
 _EXAMPLE = 8  # samples that a model is looked into with
 
-_Model = Annotated[str, typer.Argument(help="file.py:build, a function build() that returns a PyTorch model.")]
-_Checkpoint = Annotated[
-    Path | None,
-    typer.Option(help="State dict to load first, .pt or .safetensors. [default: as build() gives]", show_default=False),
-]
-_Data = Annotated[
-    str,
-    typer.Option(
-        help="Inputs: an .npy file, an .npz file (its x, its x_train, else its first array), or file.py:name for an "
-        "array, a tensor, a loader, or a function that returns one.",
-        show_default=False,
-    ),
-]
 _Out = Annotated[
     Path | None,
     typer.Option(help="State dict to write, .pt or .safetensors. Needed unless --dry-run.", show_default=False),
@@ -68,9 +51,9 @@ class _Files(NamedTuple):
 
 
 def fold(
-    model: _Model,
-    data: _Data,
-    checkpoint: _Checkpoint = None,
+    model: Model,
+    data: Data,
+    checkpoint: Checkpoint = None,
     out: _Out = None,
     dry_run: _DryRun = False,
     json: _Json = False,
@@ -84,14 +67,14 @@ def fold(
         return folding.fold(network.eval(), _example(inputs), inplace=True, dry_run=dry_run, return_report=True)
 
     files = _Files(model, checkpoint, data, out, dry_run, json)
-    recipe = ["import normkit.torch", f"model = normkit.torch.load_folded({_function(model)}(), state)"]
+    recipe = ["import normkit.torch", f"model = normkit.torch.load_folded({function(model)}(), state)"]
     return _carry_out("fold", files, change, recipe)
 
 
 def recalibrate(
-    model: _Model,
-    data: _Data,
-    checkpoint: _Checkpoint = None,
+    model: Model,
+    data: Data,
+    checkpoint: Checkpoint = None,
     exact: Annotated[bool, typer.Option("--exact", help="Layer by layer, one pass over the data for each.")] = False,
     steps: Annotated[
         int | None, typer.Option(help="Take so many batches, at most. [default: all]", show_default=False)
@@ -106,18 +89,18 @@ def recalibrate(
         return recalibration.recalibrate(network, inputs, exact=exact, steps=steps, return_report=True)
 
     files = _Files(model, checkpoint, data, out, dry_run, json)
-    return _carry_out("recalibrate", files, change, [f"model = {_function(model)}()", "model.load_state_dict(state)"])
+    return _carry_out("recalibrate", files, change, [f"model = {function(model)}()", "model.load_state_dict(state)"])
 
 
 def insert(
-    model: _Model,
+    model: Model,
     norm: Annotated[str, typer.Option(help="Short name of the norm: batch, group, ...")],
-    data: _Data,
+    data: Data,
     placement: Annotated[str, typer.Option(help="before or after the activation.")] = "before",
     init: Annotated[
         str, typer.Option(help="fresh, or identity: in evaluation mode the outputs stay as they are.")
     ] = "fresh",
-    checkpoint: _Checkpoint = None,
+    checkpoint: Checkpoint = None,
     out: _Out = None,
     dry_run: _DryRun = False,
     json: _Json = False,
@@ -131,12 +114,12 @@ def insert(
 
     files = _Files(model, checkpoint, data, out, dry_run, json)
     options = "".join(f", {name}={value!r}" for name, value in where.items())
-    made = f"model = normkit.insert({_function(model)}(), {norm!r}, x{options})  # x: inputs of the same shape"
+    made = f"model = normkit.insert({function(model)}(), {norm!r}, x{options})  # x: inputs of the same shape"
     return _carry_out("insert", files, change, ["import normkit", made, "model.load_state_dict(state)"])
 
 
 def replace(
-    model: _Model,
+    model: Model,
     norms: Annotated[str, typer.Option(help="What becomes what, OLD:NEW,...: batch:group")],
     groups: Annotated[
         int | None, typer.Option(help="Of new group norms. [default: at most 32]", show_default=False)
@@ -145,7 +128,7 @@ def replace(
         str | None,
         typer.Option(help="Inputs as for the other commands, to measure the change.", show_default=False),
     ] = None,
-    checkpoint: _Checkpoint = None,
+    checkpoint: Checkpoint = None,
     out: _Out = None,
     dry_run: _DryRun = False,
     json: _Json = False,
@@ -163,7 +146,7 @@ def replace(
 
     files = _Files(model, checkpoint, data, out, dry_run, json)
     options = "" if groups is None else f", groups={groups}"
-    made = f"model = normkit.replace({_function(model)}(), {named!r}{options})"
+    made = f"model = normkit.replace({function(model)}(), {named!r}{options})"
     return _carry_out("replace", files, change, ["import normkit", made, "model.load_state_dict(state)"])
 
 
@@ -185,9 +168,9 @@ def _carry_out(verb: str, files: _Files, change: Callable[[Any, Any], Any], reci
         _check_out(files)
         with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
             print(f"{verb} {files.model}")
-            build = _builder(files.model, user)
-            network = _loaded(build, files.checkpoint)
-            data = None if files.data is None else _inputs(files.data, user)
+            build = builder(files.model, user)
+            network = loaded(build, files.checkpoint)
+            data = None if files.data is None else inputs(files.data, user)
             done = call(files.model, change, network, data)
             network, report = done if isinstance(done, tuple) else (None, done)
             lines = [] if files.out is None or files.dry_run else _written(network, files, build, data, recipe)
@@ -199,10 +182,6 @@ def _carry_out(verb: str, files: _Files, change: Callable[[Any, Any], Any], reci
     return 0
 
 
-def _function(model: str) -> str:
-    return model.rpartition(":")[2]
-
-
 def _check_out(files: _Files) -> None:
     """Find before the work what would fail after it."""
     from normkit.torch.checkpoints import check_suffix
@@ -212,73 +191,7 @@ def _check_out(files: _Files) -> None:
     if files.out is None:
         raise NormValueError(message("`--out` must name the file to write", hint="or ask with --dry-run"))
     check_suffix(files.out)
-    folder = files.out.parent
-    if files.out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        must = "`--out` must be a file in a folder that exists and can be written"
-        raise NormValueError(message(must, str(files.out)))
-
-
-def _builder(label: str, user: Callable[[str], Any]) -> Callable[[], Any]:
-    if not is_reference(label):
-        must = "the model must be a function in a file"
-        raise NormValueError(message(must, repr(label), "write file.py:build"))
-    build = user(label)
-    if not callable(build):
-        raise NormTypeError(message(f"{label} must be a function", type(build).__name__))
-    with contextlib.suppress(ValueError):  # a function without a signature is simply called
-        try:
-            inspect.signature(build).bind()
-        except TypeError as error:
-            hint = "def build_for_this(): return build(torch.nn.BatchNorm2d)"
-            raise NormTypeError(message(f"{label} must be a function that needs no arguments", error, hint)) from None
-
-    def built() -> Any:
-        model = call(label, build)
-        framework = framework_of(model)
-        if framework != "torch":
-            must = f"{label} must return a PyTorch model"
-            raise NormTypeError(message(must, f"one of {framework}", "use the functions of normkit in Python"))
-        return model
-
-    return built
-
-
-def _loaded(build: Callable[[], Any], checkpoint: Path | None) -> Any:
-    from normkit.torch.checkpoints import load_state, read
-
-    model = build()
-    if checkpoint is not None:
-        load_state(model, read(checkpoint), checkpoint.name)
-    return model
-
-
-def _inputs(source: str, user: Callable[[str], Any]) -> Any:
-    if is_reference(source):
-        data = user(source)
-        if callable(data) and not hasattr(data, "__getitem__"):
-            data = call(source, data)
-    else:
-        data = _array(Path(source))
-    batches.repeatable("--data", data)
-    return data
-
-
-def _array(path: Path) -> Any:
-    if path.suffix not in (".npy", ".npz"):
-        must = "`--data` must be an .npy or .npz file, or file.py:name"
-        raise NormValueError(message(must, repr(str(path))))
-    try:
-        with path.open("rb") as file:
-            found = np.load(file, allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                return found
-            names = [name for name in ("x", "x_train", *found.files) if name in found.files]
-            if names:
-                return found[names[0]]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        must = f"`--data` must be a {path.suffix} file of arrays that can be read"
-        raise NormValueError(message(must, f"{path} ({error})")) from error
-    raise NormValueError(message(f"{path.name} must hold an array", "none"))
+    writable("--out", files.out)
 
 
 def _example(data: Any) -> Any:
@@ -302,7 +215,7 @@ def _written(model: Any, files: _Files, build: Callable[[], Any], data: Any, rec
     from normkit.torch.checkpoints import from_bytes, to_bytes
 
     assert files.out is not None
-    name = _function(files.model)
+    name = function(files.model)
     content = to_bytes(model.state_dict(), files.out)
     known = {name: build, "state": from_bytes(content, files.out)}
     if data is not None:

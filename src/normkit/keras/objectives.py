@@ -14,6 +14,7 @@ from normkit.errors import NormValueError, message
 
 __all__ = [
     "are_shares",
+    "by_name",
     "called",
     "check",
     "correct",
@@ -79,6 +80,20 @@ def are_shares(outputs: NDArray[Any]) -> bool:
     if outputs.ndim < 2 or not (outputs >= 0).all():
         return False
     return bool(np.allclose(outputs.sum(-1), 1, atol=1e-2 if outputs.dtype == np.float16 else 1e-3))
+
+
+def by_name(loss: str) -> Callable[[Any, Any], Any]:
+    """A named loss as a function of outputs and targets. The first outputs tell whether they are shares of classes."""
+    shares: bool | None = None
+
+    def mean(outputs: Any, targets: Any) -> Any:
+        nonlocal shares
+        if shares is None:
+            check(loss, tuple(outputs.shape), ops.convert_to_numpy(targets))
+            shares = loss == "cross_entropy" and are_shares(ops.convert_to_numpy(outputs))
+        return mean_loss(loss, outputs, targets, shares)
+
+    return mean
 
 
 def mean_loss(loss: str | Callable[..., Any], outputs: Any, targets: Any, shares: bool) -> Any:

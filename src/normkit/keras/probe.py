@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common import global_state
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 from numpy.typing import NDArray
 
 from normkit.errors import NormTypeError, NormValueError, message
@@ -19,7 +21,16 @@ from normkit.errors import NormTypeError, NormValueError, message
 if TYPE_CHECKING:
     from normkit.experiments.protocol import SiteValues
 
-__all__ = ["as_arrays", "check_built", "named_layers", "own_errors", "probe", "restored", "untouched"]
+__all__ = [
+    "as_arrays",
+    "by_path",
+    "check_built",
+    "named_layers",
+    "own_errors",
+    "probe",
+    "restored",
+    "untouched",
+]
 
 _LAYERS = {
     keras.layers.ReLU: "relu",
@@ -112,6 +123,20 @@ def named_layers(model: Any) -> Iterator[tuple[str, Any]]:
     yield from walk(model, ())
 
 
+def by_path(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every layer with the names that lead to it, as `get_layer` takes them; the first of several; the model as ""."""
+    seen: set[int] = set()
+
+    def walk(layer: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            yield path, layer
+            for inner in layer._flatten_layers(include_self=False, recursive=False):
+                yield from walk(inner, f"{path}/{inner.name}" if path else inner.name)
+
+    yield from walk(model, "")
+
+
 @contextlib.contextmanager
 def untouched(model: Any) -> Iterator[None]:
     """Leave variables and random numbers as they were. Inside, no gradients are kept."""
@@ -122,7 +147,9 @@ def untouched(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def restored(variables: Iterable[keras.Variable]) -> Iterator[None]:
     """Leave these variables and the random numbers as they were."""
-    held = [(variable, _array(variable)) for variable in variables]
+    drawn = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)  # by functions that are given no seed
+    states_of_keras = () if drawn is None else (drawn.state,)
+    held = [(variable, _array(variable)) for variable in (*variables, *states_of_keras)]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # a user's call may draw from them
     with own_errors(), _forked():
         try:
@@ -130,6 +157,7 @@ def restored(variables: Iterable[keras.Variable]) -> Iterator[None]:
         finally:
             for variable, value in held:
                 variable.assign(value)
+            global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, drawn)
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
 

@@ -14,12 +14,24 @@ from keras import ops
 from normkit.core.algebra import Pooled, pooled
 from normkit.core.record import TrackedLayer
 from normkit.errors import NormValueError, message
-from normkit.keras.probe import as_arrays, check_built, untouched
+from normkit.keras.probe import as_arrays, by_path, check_built, untouched
 
 if TYPE_CHECKING:
     from normkit.surgery.protocol import Decide
 
-__all__ = ["array", "as_kept", "gathered", "given", "keep", "kept", "moments", "tracked", "watching"]
+__all__ = [
+    "array",
+    "as_kept",
+    "called_after",
+    "gathered",
+    "given",
+    "keep",
+    "kept",
+    "moments",
+    "real",
+    "tracked",
+    "watching",
+]
 
 _STATISTICS = ("moving_mean", "moving_variance")
 _OF_RENORM = ("renorm_mean", "renorm_stddev", "moving_stddev")
@@ -27,39 +39,49 @@ _OF_RENORM = ("renorm_mean", "renorm_stddev", "moving_stddev")
 
 def tracked(model: Any) -> Iterator[TrackedLayer]:
     """Built batch norms that are trainable: one that is not runs by its statistics and keeps them."""
-    seen = set()
-    for layer in model._flatten_layers(include_self=True, recursive=True):
-        batch = isinstance(layer, keras.layers.BatchNormalization) and layer.built and layer.trainable
-        if batch and id(layer) not in seen:
-            seen.add(id(layer))
+    for path, layer in by_path(model):
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.built and layer.trainable:
             bessel = getattr(layer, "bessel", False) and not layer.renorm
-            yield TrackedLayer(layer.path, layer, layer.epsilon, bessel)
+            yield TrackedLayer(path, layer, layer.epsilon, bessel)
 
 
 @contextlib.contextmanager
 def watching(model: Any, layers: Sequence[TrackedLayer], decide: Decide) -> Iterator[Callable[[Any], Any]]:
     """See `normkit.surgery.protocol.Recording`."""
 
-    def watched(number: int, tracked: TrackedLayer) -> Callable[..., Any]:
-        call = tracked.layer.call
+    def before(number: int, named: Mapping[str, Any]) -> dict[str, Any]:
+        own = layers[number]
+        found = decide(number, lambda: _measured(own, named))
+        keep(own.layer, as_kept(own.layer, found.mean, found.var))
+        return {}
+
+    check_built(model)
+    with untouched(model), called_after([own.layer for own in layers], before):
+        # Called directly and not through predict: that would compile the watching in.
+        yield lambda x: model(given(model, x), training=False)
+
+
+@contextlib.contextmanager
+def called_after(
+    layers: Sequence[Any], before: Callable[[int, Mapping[str, Any]], Mapping[str, Any]]
+) -> Iterator[None]:
+    """Inside, `before(number of the layer, arguments by name)` runs ahead of every call; what it returns is added."""
+
+    def watched(number: int, layer: Any) -> Callable[..., Any]:
+        call = layer.call
         signature = inspect.signature(call)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            named = signature.bind(*args, **kwargs).arguments
-            found = decide(number, lambda: _measured(tracked, named))
-            keep(tracked.layer, as_kept(tracked.layer, found.mean, found.var))
-            return call(*args, **kwargs)
+            more = before(number, signature.bind(*args, **kwargs).arguments)
+            return call(*args, **{**kwargs, **more})
 
         return run
 
-    check_built(model)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(untouched(model))
-        for number, tracked in enumerate(layers):
-            object.__setattr__(tracked.layer, "call", watched(number, tracked))
-            stack.callback(object.__delattr__, tracked.layer, "call")
-        # Called directly and not through predict: that would compile the watching in.
-        yield lambda x: model(given(model, x), training=False)
+        for number, layer in enumerate(layers):
+            object.__setattr__(layer, "call", watched(number, layer))
+            stack.callback(object.__delattr__, layer, "call")
+        yield
 
 
 def kept(layer: Any) -> Mapping[str, np.ndarray]:
@@ -108,16 +130,22 @@ def gathered(value: Any) -> list[Any]:
     return [value]
 
 
+def real(named: Mapping[str, Any], ndim: int) -> np.ndarray | None:
+    """The mask that a norm is called with, shaped as its input without channels, or broadcastable to that."""
+    mask = named.get("mask")
+    if mask is None:
+        return None
+    mask = ops.convert_to_numpy(mask).astype(bool)
+    return mask.reshape(mask.shape + (1,) * (ndim - 1 - mask.ndim))
+
+
 def _measured(tracked: TrackedLayer, named: Mapping[str, Any]) -> Pooled:
     """The moments of what a layer is called with."""
     if named.get("sample_weight") is not None:
         must = f"{tracked.path} must be called without `sample_weight`"
         raise NormValueError(message(must, hint="set trainable=False to leave it out"))
-    x, mask = _wide(next(iter(named.values()))), named.get("mask")
-    if mask is not None:
-        mask = ops.convert_to_numpy(mask).astype(bool)
-        mask = mask.reshape(mask.shape + (1,) * (x.ndim - 1 - mask.ndim))
-    return pooled(x, tracked.layer.axis, mask)
+    x = _wide(next(iter(named.values())))
+    return pooled(x, tracked.layer.axis, real(named, x.ndim))
 
 
 def _wide(x: Any) -> np.ndarray:

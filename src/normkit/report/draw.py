@@ -26,17 +26,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from normkit.experiments.config import Task
 from normkit.report.figures import Costs, Depth, Finals, LearningCurves, Pen, RateRange
+from normkit.report.look import LIGHT
 from normkit.report.words import significant, value
 
-__all__ = ["DARK", "LIGHT", "SLOTS", "Drawable", "depth_png", "draw_depth", "png", "standalone", "svg"]
+__all__ = ["SLOTS", "Drawable", "depth_png", "draw_depth", "png", "standalone", "svg"]
 
-# What a page calls its colours; every one of a variant has a contrast of at least 3 to the paper.
-LIGHT = {"ink": "#23262b", "soft": "#5c636e", "faint": "#c6cad1", "paper": "#ffffff", "tint": "#f5f6f8"}
-LIGHT |= {"v0": "#7a7f87", "v1": "#1766c2", "v2": "#0a8a9c", "v3": "#c2410c"}
-LIGHT |= {"v4": "#178a4c", "v5": "#8a3ffc", "v6": "#c21d6b", "v7": "#9a6b00"}
-DARK = {"ink": "#e7e9ec", "soft": "#a3aab5", "faint": "#444b55", "paper": "#15181c", "tint": "#1e2227"}
-DARK |= {"v0": "#a6acb5", "v1": "#6cb0ff", "v2": "#3fd0e0", "v3": "#ff8f5a"}
-DARK |= {"v4": "#4fd08a", "v5": "#b992ff", "v6": "#ff77b5", "v7": "#e0b04a"}
 SLOTS = sum(name.startswith("v") for name in LIGHT)  # further norms start again
 # Colours that nothing else uses, to be replaced by the page's.
 _PLACEHOLDERS = {name: f"#0{number:x}0203" for number, name in enumerate(LIGHT)}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from normkit.errors import MissingExtraError, message
 from normkit.experiments.analysis import Group
-from normkit.report import words
+from normkit.report import look, words
 from normkit.report.figures import Pen, costs, finals, learning_curves, pens, rate_range, variant_depth
 
 if TYPE_CHECKING:
@@ -35,12 +33,7 @@ class _Section:
 
 def require() -> None:
     """Raise MissingExtraError where a package that the report needs is not installed."""
-    for name in ("jinja2", "matplotlib"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            must = f"the report needs {name}, which is not installed"
-            raise MissingExtraError(message(must, hint="pip install 'normkit[lab]'")) from error
+    look.require("jinja2", "matplotlib")
 
 
 def page(comparison: Comparison) -> str:
@@ -69,26 +62,18 @@ def pictures(comparison: Comparison) -> dict[str, str | bytes]:
 
 def _rendered(template: str, comparison: Comparison) -> str:
     require()
-    import jinja2
-
     from normkit.report import draw
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("normkit.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["capital"] = lambda sentence: sentence[:1].upper() + sentence[1:]
-    environment.filters["typeset"] = lambda sentence: sentence.replace(" %", "\u00a0%").replace("> ", ">\u00a0")
+    page = look.template(template)
     task = comparison.task
     sections = [_section(comparison, group) for group in comparison.groups]
     overview = words.by_batch_size(comparison)
     figures = [_figures(comparison, group) for group in comparison.groups]
 
     def rendered() -> str:
-        return environment.get_template(template).render(
+        return page.render(
+            body="body.html.j2",
+            name="normkit compare",
             comparison=comparison,
             config=comparison.config,
             task=task,
@@ -106,8 +91,6 @@ def _rendered(template: str, comparison: Comparison) -> str:
             left_out=len(comparison.groups) - len(sections),
             undrawn=sum(map(len, figures)) - sum(len(section.drawings) for section in sections),
             facts=_facts(comparison),
-            light=draw.LIGHT,
-            dark=draw.DARK,
         )
 
     # The text comes first, of as many settings as there is room for.

@@ -9,24 +9,12 @@ from typing import Any, Literal, Protocol
 
 from normkit.core.constraints import Constraint, Flag, OneOf, check
 from normkit.errors import NormValueError, message
-from normkit.surgery.graph import LINEAR, Graph, Node
+from normkit.surgery.graph import ACTIVATIONS, ATTENTION, LINEAR, MAPS, NORMS, Graph, Node
 from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
 from normkit.surgery.protocol import opened
 from normkit.surgery.sites import Site, named
 
 __all__ = ["Opened", "Place", "insert", "planned"]
-
-# fmt: off
-_ACTIVATIONS = frozenset((
-    "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "prelu", "relu",
-    "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh", "tanhshrink", "threshold",
-))
-_NORMS = frozenset((
-    "batch_norm", "group_norm", "instance_norm", "layer_norm", "local_response_norm", "normalize", "rms_norm",
-))
-_MAPS = LINEAR | {"bilinear", "gru", "lstm", "multi_head_attention_forward", "rnn_relu", "rnn_tanh"}
-_ATTENTION = frozenset(("baddbmm", "bmm", "einsum", "matmul", "scaled_dot_product_attention", "softmax"))
-# fmt: on
 
 # What a linear map's output can meet, and why there is then no place for a norm. In the order of their weight.
 _REASONS = {
@@ -317,15 +305,15 @@ class _Plan:
 
     def _kind(self, node: Node) -> str | None:
         owners = {path.rpartition(".")[0] for path in node.state.values()}
-        if node.path in self._norms or owners & self._norms or node.op in _NORMS:
+        if node.path in self._norms or owners & self._norms or node.op in NORMS:
             return "norm"
         if node.op in ("output", "unknown"):
             return node.op
-        if node.op in _MAPS:
+        if node.op in MAPS:
             return "linear"
-        if node.op in _ATTENTION:
+        if node.op in ATTENTION:
             return "attention"
-        if node.op not in _ACTIVATIONS:
+        if node.op not in ACTIVATIONS:
             return None
         return "gate" if node.op in ("sigmoid", "hardsigmoid") and self._gates(node) else "activation"
 

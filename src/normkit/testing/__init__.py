@@ -18,6 +18,7 @@ Subjects of PyTorch modules are made by :mod:`normkit.testing.torch`. This packa
 from __future__ import annotations
 
 from normkit.testing.formulas import formula_subject, formula_subjects
+from normkit.testing.health import assert_healthy
 from normkit.testing.masks import (
     check_all_masked,
     check_mask,
@@ -77,6 +78,7 @@ __all__ = [
     "Subject",
     "arranged",
     "assert_close",
+    "assert_healthy",
     "check_all_masked",
     "check_batch_mates",
     "check_batch_of_one",

@@ -16,7 +16,7 @@ from normkit.torch.folding import drop_affine
 from normkit.torch.sites import sites
 from normkit.torch.surgery import check_plain, transaction
 
-__all__ = ["check_suffix", "from_bytes", "load_folded", "load_state", "read", "to_bytes"]
+__all__ = ["check_suffix", "content", "from_bytes", "load", "load_folded", "load_state", "read", "to_bytes"]
 
 _SUFFIXES = (".pt", ".pth", ".safetensors")
 _NAMED = 5  # entries that an error names
@@ -70,6 +70,16 @@ def load_folded(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
                 changes.set(bias, None)
         load_state(model, state)
     return model
+
+
+def load(model: nn.Module, path: Path) -> None:
+    """Load a file into a model. Raises NormValueError for files that cannot be read, or that do not fit."""
+    load_state(model, read(path), path.name)
+
+
+def content(model: nn.Module, path: Path) -> bytes:
+    """What a file with this name holds for the weights of a model."""
+    return to_bytes(model.state_dict(), path)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Any], name: str = "`state`") -> None:

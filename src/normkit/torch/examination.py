@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from normkit.checks.evidence import Group, Layer, Step
+from normkit.checks.evidence import Group, Input, Layer, Step
 from normkit.errors import NormTypeError, message
 from normkit.surgery.graph import Graph
+from normkit.torch._buffers import recomputing
 from normkit.torch.graph import capture
 from normkit.torch.probe import as_tensors, check_sized, untouched
 from normkit.torch.probe import forward as call
+from normkit.torch.recording import bare
 from normkit.torch.sites import sites
 from normkit.torch.states import is_frozen
 from normkit.torch.surgery import tensors_in
@@ -27,7 +29,21 @@ from normkit.torch.surgery import tensors_in
 if TYPE_CHECKING:
     from normkit.checks.examination import Batch, Mode, See
 
-__all__ = ["graph", "groups", "layers", "loader", "loss", "optimizer", "parameters", "running", "step", "untouched"]
+__all__ = [
+    "backend",
+    "graph",
+    "groups",
+    "layers",
+    "loader",
+    "loss",
+    "optimizer",
+    "parameters",
+    "running",
+    "step",
+    "stuck",
+    "unread",
+    "untouched",
+]
 
 _COUNT = "num_batches_tracked"
 
@@ -35,6 +51,9 @@ _COUNT = "num_batches_tracked"
 def layers(model: nn.Module) -> tuple[Layer, ...]:
     """See `normkit.checks.examination.Examination`."""
     check_sized(model)
+    with untouched(model):
+        stuck = {module for module in model.eval().modules() if module.training}
+    paths = {id(parameter): path for path, parameter in model.named_parameters()}
     found = []
     for site in sites(model):
         module = model.get_submodule(site.path)
@@ -52,6 +71,8 @@ def layers(model: nn.Module) -> tuple[Layer, ...]:
                 momentum=getattr(module, "momentum", None),
                 dtypes={role: _type(tensor) for role, tensor in own.items() if isinstance(tensor, Tensor)},
                 trained=any(trained) if trained else None,
+                stuck=module in stuck,
+                parameters={role: paths[id(value)] for role, value in own.items() if isinstance(value, nn.Parameter)},
             )
         )
     return tuple(found)
@@ -102,17 +123,19 @@ def step(
     forward: Callable[[Any, Any], Any] | None,
 ) -> Step:
     """See `normkit.checks.examination.Examination`."""
-    tracked = {site.path: model.get_submodule(site.path) for site in sites(model) if site.record.kept}
-    seen: dict[str, list[tuple[tuple[Any, ...], np.ndarray, np.ndarray]]] = {path: [] for path in tracked}
+    kept = {site.path: site.record for site in sites(model) if site.record.kept}
+    tracked = {path: model.get_submodule(path) for path in kept}
+    seen: dict[str, list[Input]] = {path: [] for path in tracked}
+    repeated = Counter[str]()
 
     def hook(path: str) -> Callable[..., None]:
         def watch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = _given(layer, args, kwargs)[0]
             if layer.training and isinstance(x, Tensor):
-                rows = np.moveaxis(_array(x).astype(np.float64), getattr(layer, "axis", 1), -1)
-                own = (rows.shape, float(rows.sum()), float(np.square(rows).sum()))
-                rows = rows.reshape(-1, rows.shape[-1])
-                seen[path].append((own, rows.mean(0), rows.var(0)))
+                if recomputing():
+                    repeated[path] += 1
+                else:
+                    seen[path].append(Input.of(_array(x), kept[path].axis))
 
         return watch
 
@@ -144,9 +167,8 @@ def step(
         path: int(after[path][_COUNT] - before[path][_COUNT]) if _COUNT in before[path] else len(seen[path])
         for path in tracked
     }
-    distinct = {path: len(Counter(own[0] for own in calls)) for path, calls in seen.items()}
-    spread = {path: _spread(calls) for path, calls in seen.items() if distinct[path] > 1}
-    return Step(updates, distinct, moved, spread)
+    eps = {path: record.eps for path, record in kept.items()}
+    return Step.of(seen, eps, updates, moved, dict(repeated))
 
 
 def groups(model: nn.Module, optimizer: Any) -> tuple[Group, ...]:
@@ -168,20 +190,37 @@ def optimizer(model: nn.Module) -> None:
     """See `normkit.checks.examination.Examination`. A PyTorch model holds none."""
 
 
-def loss(model: nn.Module) -> None:
+def loss(_: nn.Module, given: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], Any] | None:
     """See `normkit.checks.examination.Examination`. A PyTorch model holds none."""
+    return given
+
+
+def backend() -> str:
+    """See `normkit.checks.examination.Examination`."""
+    return "torch"
+
+
+def unread(_: nn.Module) -> Mapping[str, str]:
+    """See `normkit.checks.examination.Examination`. What is no norm by its numbers is none."""
+    return {}
+
+
+def stuck(*_: Any) -> frozenset[str]:
+    """See `normkit.checks.examination.Examination`. Modes show it, see `layers`."""
+    return frozenset()
 
 
 def loader(data: Any) -> Mapping[str, Any]:
     """See `normkit.checks.examination.Examination`."""
     if not isinstance(data, DataLoader):
         return {}
-    known: dict[str, Any] = {"drop_last": data.drop_last, "batch_size": data.batch_size}
+    known: dict[str, Any] = {"source": "DataLoader", "drop_last": data.drop_last, "batch_size": data.batch_size}
     if data.batch_size is None:
         return {}
     with contextlib.suppress(TypeError):  # an iterable data set has no length
-        known["samples"] = len(data.dataset)  # type: ignore[arg-type]
-        known["shuffled"] = isinstance(data.sampler, RandomSampler)
+        known["samples"] = len(data.sampler)  # type: ignore[arg-type]
+        if isinstance(data.sampler, RandomSampler | SequentialSampler):  # of another one nothing is known
+            known["shuffled"] = isinstance(data.sampler, RandomSampler)
     return known
 
 
@@ -200,6 +239,8 @@ def _set(model: nn.Module, mode: Mode) -> None:
 
 
 def _run(model: nn.Module, batch: Batch, forward: Callable[[Any, Any], Any] | None) -> Any:
+    # Processes may have batches of unequal number: without what DistributedDataParallel adds, none waits for another.
+    model = bare(model)
     if forward is not None:
         return forward(model, batch.raw)
     return call(model, as_tensors(batch.x, model))
@@ -227,12 +268,6 @@ def _given(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 def _kept(layer: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in layer._buffers.items() if value is not None}
-
-
-def _spread(calls: list[tuple[tuple[Any, ...], np.ndarray, np.ndarray]]) -> float:
-    """The largest distance of two means, in the root of the mean variance."""
-    means, variances = (np.stack([call[place] for call in calls]) for place in (1, 2))
-    return float((np.ptp(means, axis=0) / np.sqrt(variances.mean(axis=0) + 1e-12)).max())
 
 
 def _array(x: Tensor) -> np.ndarray:

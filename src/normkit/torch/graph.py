@@ -24,11 +24,12 @@ __all__ = ["Flow", "capture", "computes_as_named"]
 # The arguments by name of the functions whose options matter for changing a model.
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 _ARGUMENTS = {
     "linear": ("input", "weight", "bias"),
     "addmm": ("bias", "input", "weight"),
-    "dropout": ("input", "p", "training", "inplace"),
     "pad": ("input", "pad", "mode", "value"),
+    **dict.fromkeys(_DROPOUTS, ("input", "p", "training", "inplace")),
     **{f"{name}_as": ("input", "other") for name in ("expand", "reshape", "view")},
     **{f"conv{n}d": _CONV for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": _CONV_TRANSPOSED for n in (1, 2, 3)},
@@ -281,8 +282,8 @@ def _from_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         options = {name: getattr(module, name) for name in names if hasattr(module, name)}
         if getattr(module, "padding_mode", "zeros") != "zeros":
             options["padding"] = module.padding_mode
-        if isinstance(module, nn.Dropout):
-            options["training"] = module.training
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            options |= {"p": module.p, "training": module.training}
         op = type(module).__name__
         if computes_as_named(module):
             op = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", op.replace("LU", "lu")).lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from normkit.errors import NormValueError, message
 
-__all__ = ["called", "correct", "joined", "losses", "mean_loss", "named", "number", "optimizer_for"]
+__all__ = ["by_name", "called", "correct", "joined", "losses", "mean_loss", "named", "number", "optimizer_for"]
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss, "mae": F.l1_loss}
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -28,6 +29,11 @@ def called(function: Callable[..., Any], *arguments: Any, **named_arguments: Any
 def named(function: Callable[..., Any]) -> str:
     """The name of a function of the user's."""
     return getattr(function, "__name__", type(function).__name__)
+
+
+def by_name(loss: str) -> Callable[[Any, Any], Tensor]:
+    """A named loss as a function of outputs and targets."""
+    return functools.partial(mean_loss, loss)
 
 
 def mean_loss(loss: str | Callable[..., Any], outputs: Any, targets: Any) -> Tensor:

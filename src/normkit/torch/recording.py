@@ -23,7 +23,7 @@ from normkit.torch.states import is_frozen
 if TYPE_CHECKING:
     from normkit.surgery.protocol import Decide
 
-__all__ = ["array", "as_kept", "gathered", "given", "keep", "kept", "moments", "tracked", "watching"]
+__all__ = ["array", "as_kept", "bare", "gathered", "given", "keep", "kept", "moments", "tracked", "watching"]
 
 _KINDS = nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm | ours._BatchRenorm
 _KEPT = ("running_mean", "running_var", "running_std")
@@ -36,7 +36,7 @@ def tracked(model: nn.Module) -> Iterator[TrackedLayer]:
     NormValueError for lazy layers.
     """
     check_sized(model)
-    for path, module in _bare(model).named_modules():
+    for path, module in bare(model).named_modules():
         used = getattr(module, "running_mean", None) is not None and getattr(module, "track_running_stats", True)
         if isinstance(module, _KINDS) and used and not is_frozen(module) and (module.training or not model.training):
             instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
@@ -48,7 +48,7 @@ def tracked(model: nn.Module) -> Iterator[TrackedLayer]:
 def watching(model: nn.Module, layers: Sequence[TrackedLayer], decide: Decide) -> Iterator[Callable[[Any], Any]]:
     """See `normkit.surgery.protocol.Recording`."""
     # Without what DistributedDataParallel adds: its forward waits for the other processes, whose batches may be fewer.
-    model = _bare(model)
+    model = bare(model)
 
     def hook(number: int, tracked: TrackedLayer) -> Callable[..., None]:
         def watch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,7 +117,8 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> nn.Module:
+    """The model without DistributedDataParallel around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 

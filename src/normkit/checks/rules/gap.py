@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from normkit.checks.rule import Limits, rule
 from normkit.checks.statistics import STALE, fresh, new, scatter, stale
 from normkit.core.algebra import remaining
 
-__all__ = ["recalibration"]
+__all__ = ["harmful", "recalibration"]
 
 _GAP = {"ratio": 1.1, "errors": 3.0, "moved": 0.25, "outputs": 0.3, "beyond": 1.5}
 _CLOSED = 0.5  # a gap of which recalibrating closes this share comes from the kept statistics
@@ -23,6 +24,11 @@ _MIXED = {"dispersion": 4.0, "deviations": 4.0, "batches": 4}
 def recalibration(seen: Evidence) -> Fix:
     """The fix for kept statistics that are not those of the data."""
     return Fix(f"normkit.recalibrate({seen.name}, {seen.data_name})", verb="recalibrate", safe=True)
+
+
+def harmful(seen: Evidence) -> bool:
+    """Whether statistics that are off can be an error: not where evaluation is seen to be as good as training."""
+    return seen.gap is None or _wide(seen, _GAP)
 
 
 @rule("NK101", "evaluation is worse than training", "gap", uses=("calls", "data"), limits=_GAP)
@@ -66,18 +72,23 @@ def stale_statistics(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     checkpoint of other data, a backbone that drifted. A channel is off if its kept mean is further than `shift`
     standard deviations from that of the data, or the variances differ by more than the factor `ratio`, and either by
     more than `errors` standard errors of what so few batches can tell; a layer, if more than `share` of its channels
-    are, an error beyond `error`. Recalibrating replaces them by those of the data. For frozen layers, which keep them
-    on purpose, it is a note; for batches that do not hold a mixture of the data, never an error.
+    are. It is an error beyond `error`, unless evaluation is seen to be as good as training: little may depend on a
+    channel that hardly varies. Recalibrating replaces them by those of the data. For frozen layers, which keep them on
+    purpose, it is a note; for batches that do not hold a mixture of the data, never an error.
+
+    Statistics that are those of the data in training mode are not stale: what differs then is dropout and what else is
+    random in training.
     """
     for layer in _tracking(seen):
-        off = stale(layer, seen.calls.get(layer.path, ()), limits)
+        passes = (seen.calls, seen.trained_calls if layer.path in seen.trained_calls else seen.calls)
+        off = min(stale(layer, calls.get(layer.path, ()), limits) for calls in passes)
         if fresh(layer) or off <= limits["share"]:
             continue
         words = f"kept statistics are not those of the data in {share(off)} of the channels"
         if layer.frozen:
             yield Finding("info", layer.path, f"frozen, and {words}", {"share": off})
             continue
-        severity: Severity = "error" if off > limits["error"] and not _ordered(seen) else "warning"
+        severity: Severity = "error" if off > limits["error"] and harmful(seen) and not _ordered(seen) else "warning"
         yield Finding(severity, layer.path, words, {"share": off}, recalibration(seen), "stale statistics", 1.0)
 
 
@@ -88,19 +99,32 @@ def not_converged(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     With a momentum of 0.99 in Keras 176 steps leave 17 %, far more than the true variance of many a layer. Train
     longer, use a faster momentum, or recalibrate. Where the statistics are seen to be those of the data, as after
     recalibrating, nothing is said.
+
+    Keras counts no updates. There the steps of the compiled model's optimizer stand for them, but only where data shows
+    that it fits: taking the initial value out must bring the statistics closer to those of the data.
     """
     for layer in seen.layers:
         record = layer.record
-        if not layer.tracks or record.rate is None or record.debiased or not record.count or not record.rate:
+        updates = layer.steps if record.count is None else record.count
+        if not layer.tracks or not record.rate or record.debiased or not updates:
             continue
-        calls = seen.calls.get(layer.path, ())
-        if scatter(calls, record.eps) is not None and stale(layer, calls, STALE) <= STALE["share"]:
+        calls, left = seen.calls.get(layer.path, ()), remaining(record.rate, updates)
+        off = None if scatter(calls, record.eps) is None else stale(layer, calls, STALE)
+        if left <= limits["left"] or (off is not None and off <= STALE["share"]):
             continue
-        left = remaining(record.rate, record.count)
-        if left > limits["left"]:
-            words = f"statistics not converged: {share(left)} of the initial value left"
-            values = {"left": left, "updates": record.count, "rate": record.rate}
-            yield Finding("warning", layer.path, words, values, recalibration(seen), words, 3.0)
+        cause = words = f"statistics not converged: {share(left)} of the initial value left"
+        if record.count is None:
+            if off is None or stale(_debiased(layer, left), calls, STALE) >= off:
+                continue
+            words = f"{cause} after {updates} steps of the model's optimizer"
+        values = {"left": left, "updates": updates, "rate": record.rate}
+        yield Finding("warning", layer.path, words, values, recalibration(seen), cause, 3.0)
+
+
+def _debiased(layer: Layer, left: float) -> Layer:
+    """The same layer with its first values, mean 0 and variance 1, taken out of what it keeps."""
+    kept = {name: (value - (left if name == "var" else 0.0)) / (1 - left) for name, value in layer.record.kept.items()}
+    return replace(layer, record=replace(layer.record, kept=kept))
 
 
 @rule("NK104", "statistics never trained", "layers")
