@@ -18,7 +18,7 @@ _EPS = 1e-5  # PyTorch's own, which float16 can hold
 _USUAL = 0.1  # weight of a new batch where the layer says nothing
 
 
-@rule("NK801", "momentum of another framework", "layers", limits={"rate": 0.5})
+@rule("NK801", "momentum of another framework", "layers", uses=("calls", "gap"), limits={"rate": 0.5})
 def momentum(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """PyTorch's momentum is the weight of the new batch, that of Keras, TensorFlow and Flax the weight of the old.
 
@@ -48,7 +48,7 @@ def momentum(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         yield Finding(severity, layer.path, words, {"momentum": layer.momentum, "rate": rate}, fix, cause, 4.0)
 
 
-@rule("NK802", "eps", "layers", limits={"half": 1e-7, "share": 0.75, "layers": 4})
+@rule("NK802", "eps", "layers", uses=("calls",), limits={"half": 1e-7, "share": 0.75, "layers": 4})
 def eps(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """An eps that float16 cannot hold, and an eps that is not that of its siblings.
 

@@ -30,7 +30,7 @@ class _Noise(NamedTuple):
     measured: bool
 
 
-@rule("NK401", "a single value per statistic", "layers", "calls")
+@rule("NK401", "a single value per statistic", "layers", "calls", uses=("data",))
 def single_value(seen: Evidence, _: Limits) -> Iterator[Finding]:
     """One value is its own mean and has no variance: what is left of it is beta, or its sign where nothing is centred.
 

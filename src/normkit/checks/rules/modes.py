@@ -22,7 +22,7 @@ class _Before(IntEnum):
     TRAINED = 3
 
 
-@rule("NK301", "frozen layers whose statistics move", "layers", frameworks=("torch",))
+@rule("NK301", "frozen layers whose statistics move", "layers", uses=("graph", "step"), frameworks=("torch",))
 def frozen_but_moving(seen: Evidence, _: Limits) -> Iterator[Finding]:
     """`requires_grad_(False)` freezes parameters. Kept statistics are none, and go on moving in training mode.
 
@@ -81,7 +81,7 @@ def evaluating_while_trained(seen: Evidence, _: Limits) -> Iterator[Finding]:
             yield Finding("info", layer.path, words, {}, fix)
 
 
-@rule("NK303", "evaluation by the statistics of the batch", "layers")
+@rule("NK303", "evaluation by the statistics of the batch", "layers", uses=("dependence",))
 def batch_statistics_in_evaluation(seen: Evidence, _: Limits) -> Iterator[Finding]:
     """A batch norm that keeps no statistics, or stays in training mode, evaluates a sample by its neighbours.
 
@@ -108,7 +108,14 @@ def batch_statistics_in_evaluation(seen: Evidence, _: Limits) -> Iterator[Findin
         yield Finding(severity, layer.path, words, {"change of a sample alone": measured}, _evaluating(seen, layer))
 
 
-@rule("NK304", "evaluation of a sample depends on its batch", "layers", "dependence", limits={"change": 1e-4})
+@rule(
+    "NK304",
+    "evaluation of a sample depends on its batch",
+    "layers",
+    "dependence",
+    uses=("calls",),
+    limits={"change": 1e-4},
+)
 def depends_on_the_batch(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """A sample was evaluated alone and in its batch: max|f(x)[i] - f(x[i:i+1])| over the largest output.
 
