@@ -85,6 +85,7 @@ def main():
         if name == TRAP:
             first = next(layer for layer in model.layers if isinstance(layer, layers.BatchNormalization))
             kept = keras.ops.convert_to_numpy(first.moving_variance)
+            told = normkit.check(model, (x, y)).sentence
             normkit.recalibrate(model, x)
             wrong = np.median(kept / keras.ops.convert_to_numpy(first.moving_variance))
             mended = model.evaluate(x_test, y_test, verbose=0)[1]
@@ -97,6 +98,7 @@ variance 1. With Keras' momentum of 0.99 that beginning weighs 0.99^{steps} = {0
 Small variances drown in it: that of the first layer is kept {wrong:.3g} times too large, and the layers behind it see
 values they were never trained on. Against it: recalibrate the trained model; take the beginning out (debiased=True);
 average all batches equally (momentum=None); train longer.""")
+    print(f"\nnormkit.check(model, (x, y)) of {TRAP}:\n{told}")
     draw(curves, mended, options.out)
     print(f"picture: {options.out}")
 

@@ -26,7 +26,7 @@ FIELDS = {
     "step": {"step": None},
     "optimizer": {"groups": ()},
     "data": {"data": None},
-    "ranks": {"ranks": ()},
+    "ranks": {"ranks": {}},
 }
 
 

@@ -45,6 +45,7 @@ def test_on_digits_the_moving_averages_mislead_and_every_remedy_helps(tmp_path):
     assert "on tensorflow" in done.stdout
     assert "0.99^88 = 0.41 after 88 steps" in done.stdout
     assert "Small variances drown in it" in done.stdout
+    assert "Cause: statistics not converged: 41 % of the initial value left, first at " in done.stdout
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir() if "picture" in path.name or "tmp" in path.name] == ["picture.png"]
 

@@ -162,7 +162,14 @@ def _loss(model: Any, loss: Any) -> Loss | None:
         must = "`loss` must be a function, or a known name"
         raise NormValueError(message(must, repr(loss), nearest(loss, LOSSES)))
     named: Loss = part(framework_of(model), "objectives").by_name(loss)
-    return named
+
+    def labelled(outputs: Any, targets: Any) -> Any:
+        if targets is None:
+            must = f"`data` must hold targets for the loss {loss}"
+            raise NormValueError(message(must, "inputs alone", "a pair of inputs and targets: data=(x, y)"))
+        return named(outputs, targets)
+
+    return labelled
 
 
 def _sentence(seen: Evidence, findings: list[Finding], rules: int) -> str:

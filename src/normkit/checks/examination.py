@@ -173,7 +173,7 @@ class _Work:
             return
         measure = _Measure(self)
         try:
-            kept = [measure(batch, outputs) for batch, outputs in self._pass("eval", None, "kept statistics")]
+            kept = self._pass("eval", None, "kept statistics", measure)
         except Exception as error:
             if not self._single_value():
                 raise  # what fails in evaluation is the user's to know
@@ -222,8 +222,7 @@ class _Work:
         """Whether evaluation fails at a norm that is given a single value per statistic, which then is a finding."""
         calls: dict[str, list[Call]] = {}
         with contextlib.suppress(Exception):  # it is known to fail
-            for _ in self._pass("eval", calls, "evaluation again"):
-                pass
+            self._pass("eval", calls, "evaluation again")
         self.found["calls"] = calls
         return bool(self.order) and calls[self.order[-1]][-1].count == 1
 
@@ -270,8 +269,17 @@ class _Work:
             return
         self.found["graph"] = self.side.graph(self.request.model, self.batches[0].x)
 
-    def _pass(self, mode: Mode, calls: dict[str, list[Call]] | None, name: str) -> Iterator[tuple[Batch, Any]]:
-        """Run all batches in a mode and record the calls of norms."""
+    def _pass(
+        self,
+        mode: Mode,
+        calls: dict[str, list[Call]] | None,
+        name: str,
+        measure: Callable[[Batch, Any], Any] | None = None,
+    ) -> list[Any]:
+        """Run all batches in a mode, record the calls of norms, and return what is measured of each batch.
+
+        It is no generator: one that an error leaves half way gives the model's state back whenever it is collected.
+        """
         records = {layer.path: layer.record for layer in self.layers}
         number = 0
 
@@ -281,19 +289,22 @@ class _Work:
             calls.setdefault(path, []).append(Call.of(x, records[path], number, dtype, mask))
 
         watch = None if calls is None else see
+        found = []
         with self.side.running(self.request.model, mode, watch, self.request.forward) as forward:
             for number, batch in enumerate(self.batches):  # `see` reads the number
                 self._tell(f"{name}, batch {number + 1} of {len(self.batches)}")
-                yield batch, forward(batch)
+                outputs = forward(batch)
+                found.append(None if measure is None else measure(batch, outputs))
+        return found
 
     def _statistics(self, measure: _Measure, kept: list[_Seen]) -> None:
         """The same batches with their own statistics, and with those of all of them."""
         calls: dict[str, list[Call]] = {}
         self.found["calls"] = calls  # also of a pass that fails at a layer with a single value
-        train = [measure(batch, outputs) for batch, outputs in self._pass("batch", calls, "statistics of batches")]
+        train = self._pass("batch", calls, "statistics of batches", measure)
         population = pooled(calls)
         with self._replaced(population):
-            new = [measure(batch, outputs) for batch, outputs in self._pass("eval", None, "population statistics")]
+            new = self._pass("eval", None, "population statistics", measure)
         self.found["gap"] = measure.gap(train, kept, new, self._first(calls))
 
     @contextlib.contextmanager
@@ -316,8 +327,7 @@ class _Work:
 
     def _trained(self) -> None:
         calls: dict[str, list[Call]] = {}
-        for _ in self._pass("train", calls, "training mode"):
-            pass
+        self._pass("train", calls, "training mode")
         self.found["trained_calls"] = calls
 
     def _dependence(self) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from normkit.checks.findings import Diagnosis, Finding, Fix
-from normkit.errors import NormError, NormValueError, message
-from normkit.frameworks import framework_of
+from normkit.errors import NormError, NormTypeError, NormValueError, message
+from normkit.frameworks import framework_of, part
 from normkit.surgery import freezing, recalibration, replacement
 from normkit.surgery.protocol import porting
 
@@ -28,12 +28,26 @@ class Subject:
     steps: int
     again: Callable[[], Diagnosis]
 
-    def norm(self, path: str) -> Any:
-        """The norm layer of a path. Raises NormValueError where there is none."""
-        for own, layer in porting(framework_of(self.model)).walk(self.model):
-            if own == path:
-                return layer
-        raise NormValueError(message("a path must be that of a norm layer", repr(path)))
+    def norms(self, paths: Sequence[str]) -> list[Any]:
+        """The norm layers at or under these paths. Raises NormValueError where there is none."""
+        side = porting(framework_of(self.model))
+        found = [
+            layer
+            for own, layer in side.walk(self.model)
+            if any(path in ("", own) or own.startswith((f"{path}.", f"{path}/")) for path in paths)
+        ]
+        if not found:
+            raise NormValueError(message("a path must be that of a norm layer, or of a part with one", repr(paths)))
+        return found
+
+    def structure(self) -> Undo:
+        """What makes the model of the layers of now again. Raises NormTypeError where layers cannot be exchanged."""
+        framework = framework_of(self.model)
+        if framework != "torch":
+            must = "`model` must be a torch.nn.Module, to exchange its layers"
+            raise NormTypeError(message(must, f"a model of {framework}", "change the function that builds it"))
+        back: Undo = part(framework, "examination").structure(self.model)
+        return back
 
 
 class Verb(NamedTuple):
@@ -56,37 +70,38 @@ def _recalibrate(subject: Subject) -> Undo:
     return undo
 
 
-def _freeze(subject: Subject, path: str) -> Undo:
-    """Statistics, gamma and beta of one norm layer."""
-    layer = subject.norm(path)
-    freezing.freeze(layer)
-    return lambda: _ignored(freezing.unfreeze(layer))
+def _freeze(subject: Subject, paths: Sequence[str]) -> Undo:
+    """Statistics, gamma and beta of all norms in these parts of the model."""
+    layers = subject.norms(paths)
+    for layer in layers:
+        freezing.freeze(layer)
+
+    def undo() -> None:
+        for layer in layers:
+            freezing.unfreeze(layer)
+
+    return undo
 
 
-def _unfreeze(subject: Subject, path: str) -> Undo:
-    layer = subject.norm(path)
-    freezing.unfreeze(layer)
-    return lambda: _ignored(freezing.freeze(layer))
+def _momentum(subject: Subject, path: str, momentum: float) -> Undo:
+    return _set(subject.norms([path])[0], "momentum", momentum)
 
 
-def _momentum(subject: Subject, path: str, value: float) -> Undo:
-    return _set(subject.norm(path), "momentum", value)
-
-
-def _eps(subject: Subject, path: str, value: float) -> Undo:
-    layer = subject.norm(path)
-    return _set(layer, "eps" if hasattr(layer, "eps") else "epsilon", value)
+def _eps(subject: Subject, path: str, eps: float) -> Undo:
+    layer = subject.norms([path])[0]
+    return _set(layer, "eps" if hasattr(layer, "eps") else "epsilon", eps)
 
 
 def _replace(subject: Subject, path: str, norm: str) -> Undo:
-    """One norm by another, in place."""
-    old = subject.norm(path)
+    back = subject.structure()
     replacement.replace(subject.model, {path: norm}, inplace=True)
+    return back
 
-    def undo() -> None:
-        replacement.replace(subject.model, {path: lambda _: old}, inplace=True)
 
-    return undo
+def _remove(subject: Subject, path: str) -> Undo:
+    back = subject.structure()
+    replacement.remove(subject.model, path, inplace=True)
+    return back
 
 
 def _set(layer: Any, name: str, value: Any) -> Undo:
@@ -95,16 +110,12 @@ def _set(layer: Any, name: str, value: Any) -> Undo:
     return lambda: setattr(layer, name, old)
 
 
-def _ignored(_: Any) -> None:
-    return None
-
-
 # In the order in which they are made: what changes the model first, the statistics of what results last.
 VERBS: dict[str, Verb] = {
+    "remove": Verb(_remove, keeps=False),
     "replace": Verb(_replace, keeps=False),
     "eps": Verb(_eps, keeps=False),
     "momentum": Verb(_momentum),
-    "unfreeze": Verb(_unfreeze),
     "recalibrate": Verb(_recalibrate, stored=True),
     # A frozen layer is not recalibrated: with statistics that are not those of the data it would keep those.
     "freeze": Verb(_freeze),

@@ -28,6 +28,7 @@ class Block(NamedTuple):
         more: layers that are not in the entries.
         lines: of code, what to do.
         more_lines: further ones.
+        others: further lines, each a way out by itself.
     """
 
     severity: str
@@ -38,6 +39,7 @@ class Block(NamedTuple):
     more: int
     lines: tuple[str, ...]
     more_lines: int
+    others: tuple[str, ...] = ()
 
 
 def blocks(findings: Iterable[Finding], shown: int = _SHOWN) -> list[Block]:
@@ -53,7 +55,8 @@ def _block(findings: list[Finding], shown: int) -> Block:
     for finding in findings:
         paths.setdefault(finding.words, []).append(finding.path)
     fixes = [finding.fix for finding in findings if finding.fix is not None]
-    lines = list(dict.fromkeys(line for fix in fixes for line in (fix.line, *fix.others)))
+    lines = list(dict.fromkeys(fix.line for fix in fixes))
+    others = dict.fromkeys(line for fix in fixes for line in fix.others)
     first, entries = findings[0], [(_places(own, shown), words) for words, own in paths.items()]
     return Block(
         severity=first.severity,
@@ -64,6 +67,7 @@ def _block(findings: list[Finding], shown: int) -> Block:
         more=sum(map(len, list(paths.values())[shown:])),
         lines=tuple(lines[:shown]),
         more_lines=len(lines[shown:]),
+        others=tuple(others),
     )
 
 
@@ -110,6 +114,7 @@ def _lines(block: Block) -> list[str]:
     lines += [f"    do: {line}" for line in block.lines]  # code is not broken: it is there to be pasted
     if block.more_lines:
         lines.append(f"    and {block.more_lines} more such line{'s' if block.more_lines > 1 else ''}")
+    lines += [f"    or: {line}" for line in block.others]
     return [*lines, f"    see: normkit explain {block.code}"]
 
 

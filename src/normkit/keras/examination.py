@@ -81,12 +81,12 @@ def backend() -> str:
 
 def unread(model: Any) -> Mapping[str, str]:
     """See `normkit.checks.examination.Examination`."""
-    found = {}
-    for path, layer in norms(model):
+    paths, found = {id(layer): path for path, layer in by_path(model)}, {}
+    for _, layer in norms(model):
         try:
             read(layer)
         except NormValueError as error:
-            found[path] = str(error)
+            found[paths[id(layer)]] = f"a {type(layer).__name__} is not looked into: {error}"
     return found
 
 
@@ -116,11 +116,9 @@ def graph(model: Any, x: Any) -> Graph:
     return Graph(flow.graph.how, tuple(nodes))
 
 
-@contextlib.contextmanager
-def untouched(model: Any) -> Iterator[None]:
-    """See `normkit.checks.examination.Examination`. Weights too: spectral normalization writes them in training."""
-    with probe.restored(model.variables), probe.untouched(model):
-        yield
+def untouched(model: Any) -> contextlib.AbstractContextManager[None]:
+    """See `normkit.checks.examination.Examination`."""
+    return probe.untouched(model, weights=True)
 
 
 @contextlib.contextmanager
@@ -144,7 +142,7 @@ def running(model: Any, mode: Mode, see: See | None, forward: Forward | None) ->
         with called_after([layer for _, layer, _ in seen], before):
             return _run(model, batch, forward, training=mode == "train")
 
-    with untouched(model):
+    with probe.untouched(model, weights=mode == "train"):
         yield run
 
 
@@ -209,8 +207,8 @@ def optimizer(model: Any) -> Any:
 def loss(model: Any, given: Loss | None) -> Loss | None:
     """See `normkit.checks.examination.Examination`. A loss of Keras takes the targets first."""
     if given is not None:
-        keras_own = isinstance(given, keras.losses.Loss) or stock(given)
-        return (lambda outputs, targets: given(targets, outputs)) if keras_own else given
+        of_keras = isinstance(given, keras.losses.Loss) or getattr(given, "__module__", "").partition(".")[0] == "keras"
+        return (lambda outputs, targets: given(targets, outputs)) if of_keras else given
     compiled = getattr(model, "_compile_loss", None)
     if compiled is None or not stock(type(model).compute_loss):
         return None
@@ -297,7 +295,7 @@ def _taking(model: Any, batch: Batch, forward: Forward | None, *, training: bool
             found.add(tracked[number][0])
         return {}
 
-    with untouched(model), called_after([layer for _, layer in tracked], before):
+    with probe.untouched(model, weights=training), called_after([layer for _, layer in tracked], before):
         _run(model, batch, forward, training=training)
     return frozenset(found)
 

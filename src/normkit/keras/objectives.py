@@ -89,9 +89,13 @@ def by_name(loss: str) -> Callable[[Any, Any], Any]:
     def mean(outputs: Any, targets: Any) -> Any:
         nonlocal shares
         if shares is None:
-            check(loss, tuple(outputs.shape), ops.convert_to_numpy(targets))
+            known = ops.convert_to_numpy(targets)
+            if loss == "cross_entropy" and (known == np.rint(known)).all():
+                known = known.astype(int)  # models are given everything in the type they compute in
+            check(loss, tuple(outputs.shape), known)
             shares = loss == "cross_entropy" and are_shares(ops.convert_to_numpy(outputs))
-        return mean_loss(loss, outputs, targets, shares)
+        labels = ops.cast(targets, "int32") if loss == "cross_entropy" else targets
+        return mean_loss(loss, outputs, labels, shares)
 
     return mean
 

@@ -13,7 +13,6 @@ from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormValueError, message
 from normkit.keras import further
 from normkit.keras import layers as ours
-from normkit.keras.probe import by_path
 
 __all__ = ["assign", "is_norm", "make", "read", "targets", "walk"]
 
@@ -42,9 +41,11 @@ _ROLES = (
 
 def walk(model: Any) -> Iterator[tuple[str, Any]]:
     """See `normkit.surgery.protocol.Porting`."""
-    for path, layer in by_path(model):
-        if is_norm(layer) or isinstance(layer, _ALONE):
-            yield path, layer
+    seen = set()
+    for layer in model._flatten_layers(include_self=True, recursive=True):
+        if id(layer) not in seen and (is_norm(layer) or isinstance(layer, _ALONE)):
+            seen.add(id(layer))
+            yield layer.path, layer
 
 
 def is_norm(layer: Any) -> bool:

@@ -124,12 +124,18 @@ def named_layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def by_path(model: Any) -> Iterator[tuple[str, Any]]:
-    """Every layer with the names that lead to it, as `get_layer` takes them; the first of several; the model as ""."""
+    """Every layer with the names that lead to it, as `get_layer` takes them; the first of several; the model as "".
+
+    Where a model has several layers of one name, as one with a `call` of its own may, the further ones have a number.
+    """
     seen: set[int] = set()
+    counts = Counter[str]()
 
     def walk(layer: Any, path: str) -> Iterator[tuple[str, Any]]:
         if id(layer) not in seen:
             seen.add(id(layer))
+            counts[path] += 1
+            path = f"{path} ({counts[path]})" if counts[path] > 1 else path
             yield path, layer
             for inner in layer._flatten_layers(include_self=False, recursive=False):
                 yield from walk(inner, f"{path}/{inner.name}" if path else inner.name)
@@ -138,9 +144,12 @@ def by_path(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def untouched(model: Any) -> Iterator[None]:
-    """Leave variables and random numbers as they were. Inside, no gradients are kept."""
-    with restored(model.non_trainable_variables), _without_gradients():
+def untouched(model: Any, *, weights: bool = False) -> Iterator[None]:
+    """Leave variables and random numbers as they were. Inside, no gradients are kept.
+
+    With `weights` those that are trained, too, which few layers write: spectral normalization does, in training.
+    """
+    with restored(model.variables if weights else model.non_trainable_variables), _without_gradients():
         yield
 
 

@@ -81,8 +81,8 @@ def _is_pair(data: Any) -> bool:
 
 def _chunks(data: Any, batch_size: int | None = None) -> Iterator[Any]:
     if isinstance(data, Mapping):
-        for parts in zip(*(_chunks(part, batch_size) for part in data.values()), strict=True):
-            yield dict(zip(data, parts, strict=True))
+        for chunk in zip(*(_chunks(part, batch_size) for part in data.values()), strict=True):
+            yield dict(zip(data, chunk, strict=True))
         return
     size = len(data)
     if batch_size is not None:

@@ -40,6 +40,7 @@ __all__ = [
     "parameters",
     "running",
     "step",
+    "structure",
     "stuck",
     "unread",
     "untouched",
@@ -169,6 +170,29 @@ def step(
     }
     eps = {path: record.eps for path, record in kept.items()}
     return Step.of(seen, eps, updates, moved, dict(repeated))
+
+
+def structure(model: nn.Module) -> Callable[[], None]:
+    """What gives every module of a model the attributes, parameters, layers and hooks that it has now. Values stay."""
+    kept = [
+        (
+            vars(module),
+            {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()},
+        )
+        for module in model.modules()
+    ]
+    held = [(own, {name: value for name, value in own.items() if isinstance(value, dict)}) for own, _ in kept]
+
+    def back() -> None:
+        for (own, values), (_, dicts) in zip(kept, held, strict=True):
+            own.clear()
+            own.update(values)
+            for name, value in dicts.items():  # others may hold these dictionaries: handles of hooks do
+                value.clear()
+                value.update(values[name])
+                own[name] = value
+
+    return back
 
 
 def groups(model: nn.Module, optimizer: Any) -> tuple[Group, ...]:
