@@ -26,7 +26,7 @@ BELOW = {
     "kernels": {"errors", "core"},
     "torch": {"errors", "core", "kernels", "surgery", "checks"},
     "keras": {"errors", "core", "kernels", "surgery", "checks"},
-    "nnx": {"errors", "core", "kernels"},
+    "nnx": {"errors", "core", "kernels", "surgery"},
     "testing": {"errors", "core", "checks"},
     "experiments": {"errors", "files", "frameworks", "tables", "core", "kernels"},
     "surgery": {"errors", "frameworks", "tables", "core"},

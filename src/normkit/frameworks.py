@@ -8,7 +8,7 @@ from typing import Any
 
 from normkit.errors import MissingExtraError, NormError, NormTypeError, NormValueError, message, nearest
 
-__all__ = ["FRAMEWORKS", "check_framework", "framework_of", "part"]
+__all__ = ["FRAMEWORKS", "check_framework", "framework_of", "is_layer", "part"]
 
 # Each with the class that its models have. Keras first: on PyTorch its layers are modules of torch as well.
 FRAMEWORKS = {"keras": "keras.layers.Layer", "nnx": "flax.nnx.Module", "torch": "torch.nn.Module"}
@@ -31,6 +31,15 @@ def framework_of(value: Any) -> str:
     must = "a model must be a torch.nn.Module, a Keras layer or model, or an nnx.Module"
     got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
     raise NormTypeError(message(must, got))
+
+
+def is_layer(value: Any) -> bool:
+    """Whether it is a layer or model of a framework."""
+    try:
+        framework_of(value)
+    except NormTypeError:
+        return False
+    return True
 
 
 def part(framework: str, name: str) -> Any:

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import normkit  # noqa: E402
-from normkit.checks.evidence import Dependence, Evidence, Layer, Step  # noqa: E402
+from normkit.checks.evidence import Call, Dependence, Evidence, Layer, Step  # noqa: E402
 from normkit.checks.rule import RULES  # noqa: E402
 from normkit.core.record import NormRecord  # noqa: E402
 
@@ -234,3 +234,18 @@ def test_by_hand_the_limit_of_dependence(change, severities):
     layer = Layer("norm", "BatchNorm2d", record())
     seen = Evidence("torch", "Net", (layer,), dependence=Dependence(change, ("norm",)))
     assert [finding.severity for finding in RULES["NK304"](seen)] == severities
+    call = Call(0, (8, 4), "bfloat16", 8, None, None, 0.0, 1.0, True)
+    assert not RULES["NK304"](replace(seen, calls={"norm": [call]})), "rounding of half precision is no dependence"
+
+
+@pytest.mark.parametrize(
+    ("framework", "path", "code"),
+    [
+        ("torch", "", "model"),
+        ("torch", "backbone.0.norm1", "model.backbone[0].norm1"),
+        ("torch", "blocks.a-b", 'model.get_submodule("blocks.a-b")'),
+        ("keras", "base/conv1_bn", 'model.get_layer("base").get_layer("conv1_bn")'),
+    ],
+)
+def test_parts_of_a_model_in_code(framework, path, code):
+    assert Evidence(framework, "Net", ()).at(path) == code

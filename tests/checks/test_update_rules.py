@@ -78,7 +78,7 @@ def test_a_second_call_on_the_same_input(norm):
     (finding,) = findings(Block(norm, times=3), "NK501")
     assert finding.evidence["updates"] == 3
     assert "it is called again on the same input" in finding.words
-    assert finding.fix.line.startswith("model.norm.momentum = 0.03")
+    assert finding.fix.arguments == {"path": "norm", "value": pytest.approx(1 - 0.9 ** (1 / 3))}
     assert not findings(Block(norm), "NK501")
     assert not findings(normkit.freeze(Block(norm, times=3)), "NK501")
     assert not findings(Block(nn.LayerNorm(4), times=3), "NK501")

@@ -41,7 +41,7 @@ def run(backend: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-ON_MODELS = ("check", "fold", "models", "port", "probe", "states", "training")
+ON_MODELS = ("check", "fold", "insert", "models", "port", "probe", "replace", "states", "training")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

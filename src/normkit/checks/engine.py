@@ -104,13 +104,13 @@ def check(
         raise NormTypeError(message("`forward` must be a function", repr(forward), "def forward(model, batch): ..."))
     chosen_loss = _loss(model, loss)
     with _teller(show_progress) as tell:
-        return looked(Request(model, data, optimizer, chosen_loss, forward, steps, tell, batch_size), settings)
+        request = Request(model, data, optimizer, chosen_loss, forward, steps, tell, batch_size, wanted=settings.wanted)
+        return looked(request, settings)
 
 
 def looked(request: Request, settings: Settings) -> Diagnosis:
     """Examine and ask. The result can repair the model, and looks again after that."""
-    wanted = frozenset(part for rule in settings.rules for part in (*rule.needs, *rule.uses))
-    seen = examine(request._replace(wanted=wanted))
+    seen = examine(request)
     quiet = request._replace(tell=lambda _: None)
     subject = Subject(request.model, request.data, request.steps, lambda: looked(quiet, settings))
     found = diagnosed(seen, settings.rules, settings.limits, settings.allows)

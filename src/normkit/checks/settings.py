@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.checks import rules as _rules  # noqa: F401  # fills RULES
+from normkit.checks.evidence import Part
 from normkit.checks.findings import Finding
 from normkit.checks.rule import RULES, Limits, Rule
 from normkit.errors import NormTypeError, NormValueError, message, nearest
@@ -72,6 +73,11 @@ class Settings:
         return tuple(
             rule for code, rule in sorted(RULES.items()) if code.startswith(wanted) and not code.startswith(self.ignore)
         )
+
+    @property
+    def wanted(self) -> frozenset[Part]:
+        """The parts of the evidence that these rules look at."""
+        return frozenset(part for rule in self.rules for part in (*rule.needs, *rule.uses))
 
     def allows(self, finding: Finding) -> bool:
         """Whether this may be found there."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from normkit.errors import MissingExtraError, NormError, NormValueError, message
 
-__all__ = ["Code", "call", "content_hash", "files_of_the_user", "refuse_when_imported", "takes"]
+__all__ = ["Code", "call", "content_hash", "files_of_the_user", "refuse_when_imported", "takes", "takes_norm"]
 
 _loaded: dict[Path, tuple[str, ModuleType]] = {}
 _importing = threading.local()
@@ -109,6 +109,24 @@ def takes(function: Any, name: str) -> bool:
     except (TypeError, ValueError):
         return False
     return name in parameters or any(known.kind is known.VAR_KEYWORD for known in parameters.values())
+
+
+def takes_norm(function: Any, name: str, hint: str) -> bool:
+    """Whether a function that builds a model is to be given `norm`; False where it can be called with nothing.
+
+    Raises NormValueError where neither is possible.
+    """
+    try:
+        signature = inspect.signature(function)
+        if "norm" not in signature.parameters:
+            with contextlib.suppress(TypeError):
+                signature.bind()
+                return False
+        signature.bind(norm=None)
+    except (TypeError, ValueError) as error:
+        must = f"{name} must take a parameter `norm` or nothing, and no other without a default ({error})"
+        raise NormValueError(message(must, hint=f"def {name}(norm): ... {hint}")) from None
+    return True
 
 
 def call(label: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -12,7 +12,7 @@ from keras import layers, ops
 
 from normkit.keras.porting import is_norm
 from normkit.keras.probe import untouched
-from normkit.surgery.graph import Graph, Node
+from normkit.surgery.graph import KNOWN, Graph, Node
 
 __all__ = ["Flow", "capture", "functional", "stock"]
 
@@ -28,10 +28,19 @@ _NAMES = {
                      "GaussianNoise"), "dropout"),
     **{f"ZeroPadding{n}D": "pad" for n in (1, 2, 3)},
     **{f"Cropping{n}D": "slice" for n in (1, 2, 3)},
-    "ActivityRegularization": "identity", "BroadcastTo": "expand", "ExpandDims": "unsqueeze", "GetItem": "getitem",
-    "Moveaxis": "movedim", "RepeatVector": "expand",
+    **dict.fromkeys(("GroupQueryAttention", "GroupedQueryAttention", "MultiHeadAttention"),
+                    "multi_head_attention_forward"),
+    **dict.fromkeys(("AdditiveAttention", "Attention", "Dot", "DotProductAttention"), "matmul"),
+    **dict.fromkeys(("HardSilu", "hard_silu", "hard_swish"), "hardswish"),
+    **dict.fromkeys(("LeakyReLU", "LeakyRelu"), "leaky_relu"),
+    "ActivityRegularization": "identity", "BatchNorm": "batch_norm", "BroadcastTo": "expand", "EinsumDense":
+    "einsum_dense", "ExpandDims": "unsqueeze", "GetItem": "getitem", "LayerNorm": "layer_norm", "Moveaxis": "movedim",
+    "Multiply": "mul", "RepeatVector": "expand", "RMSNorm": "rms_norm", "SimpleRNN": "rnn_tanh",
+    "UnitNormalization": "normalize", "hard_sigmoid": "hardsigmoid", "hard_tanh": "hardtanh",
+    "log_sigmoid": "logsigmoid", "tanh_shrink": "tanhshrink",
 }
 # fmt: on
+_NO_ACTIVATIONS = ("linear", "log_softmax", "sparsemax")
 
 
 @dataclass
@@ -148,12 +157,13 @@ class _Reader:
         changed = getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False)
         if kind in {**_MAPS, **_SEPARABLE} and not changed:
             number = self._add_map(layer, path, inputs, shape)
-            name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
+            name = _activation(layer.activation)
             return number if name == "linear" else self.add(name, path=path, inputs=(number,), shape=shape)
         name = kind.__name__
         op = _NAMES.get(name, name if is_norm(layer) else name.lower()) if stock(kind) else name
-        if kind is layers.Activation and layer.activation is keras.activations.linear:
-            op = "identity"
+        if kind is layers.Activation:
+            name = _activation(layer.activation)
+            op = "identity" if name == "linear" else name
         options = {"training": training} if op == "dropout" else {}
         if op == "pad" and not isinstance(layer, keras.layers.Layer):
             options = {"mode": layer.mode}
@@ -189,3 +199,10 @@ class _Reader:
         first = self._states.setdefault(id(variable), path)
         self.flow.variables[first] = variable
         return first
+
+
+def _activation(function: Any) -> str:
+    """The plain name of what a layer takes as its activation; `activation` for one without such a name."""
+    name = getattr(function, "__name__", type(function).__name__)
+    name = _NAMES.get(name, name.lower())
+    return name if name in KNOWN or name in _NO_ACTIVATIONS else "activation"

@@ -14,7 +14,7 @@ from normkit.errors import NormValueError, message
 from normkit.keras import further
 from normkit.keras import layers as ours
 
-__all__ = ["assign", "is_norm", "make", "read", "targets", "walk"]
+__all__ = ["ALONE", "assign", "is_norm", "make", "read", "targets", "walk"]
 
 _COMMON = ("axis", "epsilon", "scale", "center")
 _MOVING = ("momentum", "bessel", "debiased", "nonfinite", "virtual_batch_size")
@@ -27,7 +27,7 @@ _KINDS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "layer": (keras.layers.LayerNormalization, ours.LayerNormalization, _COMMON),
     "rms": (keras.layers.RMSNormalization, ours.RMSNormalization, ("axis", "epsilon")),
 }
-_ALONE = (further.DynamicTanh, further.EvoNormB0, further.EvoNormS0, further.FilterResponseNormalization)
+ALONE = (further.DynamicTanh, further.EvoNormB0, further.EvoNormS0, further.FilterResponseNormalization)
 _KEPT = {"mean": "moving_mean", "var": "moving_variance"}
 _ROLES = (
     *_KEPT.items(),
@@ -43,7 +43,7 @@ def walk(model: Any) -> Iterator[tuple[str, Any]]:
     """See `normkit.surgery.protocol.Porting`."""
     seen = set()
     for layer in model._flatten_layers(include_self=True, recursive=True):
-        if id(layer) not in seen and (is_norm(layer) or isinstance(layer, _ALONE)):
+        if id(layer) not in seen and (is_norm(layer) or isinstance(layer, ALONE)):
             seen.add(id(layer))
             yield layer.path, layer
 
@@ -55,7 +55,7 @@ def is_norm(layer: Any) -> bool:
 
 def read(layer: Any) -> NormRecord | None:
     """See `normkit.surgery.protocol.Porting`."""
-    if isinstance(layer, _ALONE):
+    if isinstance(layer, ALONE):
         must = f"{layer.name} must have a counterpart in other frameworks to be ported"
         raise NormValueError(message(must, f"{type(layer).__name__}, which has none"))
     kind = next((name for name, (known, *_) in _KINDS.items() if isinstance(layer, known)), None)

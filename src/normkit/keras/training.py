@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,11 +14,14 @@ import numpy as np
 from keras import ops, tree
 from numpy.typing import NDArray
 
+from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.keras import objectives
 from normkit.keras.factory import norm_factory
+from normkit.keras.graph import functional
 from normkit.keras.models import build, initialize, weighted_layers
 from normkit.keras.probe import as_arrays, check_built, own_errors, probe, restored, untouched
+from normkit.surgery.variants import normalized
 
 if TYPE_CHECKING:
     from normkit.experiments.protocol import Batch, Scores, Setup, SiteValues
@@ -289,20 +291,19 @@ def _compiled(network: Any, setup: Setup) -> Compiled:
 
 
 def _built(function: Callable[..., Any], setup: Setup) -> Any:
+    from normkit.experiments.code import takes_norm
+
     name = objectives.named(function)
-    try:
-        inspect.signature(function).bind(norm=None)
-    except (TypeError, ValueError) as error:
-        must = f"{name} must take a parameter `norm`, and no other without a default ({error})"
-        raise NormValueError(message(must, hint=f"def {name}(norm): ... norm() is the layer")) from None
+    given = takes_norm(function, name, "norm() is the layer")
     norm = norm_factory(setup.norm, setup.position, setup.steps)
     seed(setup.seed)
     with own_errors():
-        network = objectives.called(function, norm=norm)
+        network = objectives.called(function, **({"norm": norm} if given else {}))
         if not isinstance(network, keras.layers.Layer):
             got = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
             raise NormValueError(message(f"{name} must return a Keras model", got, "end it with `return model`"))
-        norm.check_used(network, name)
+        if given:
+            norm.check_used(network, name)
         if not network.built and setup.shape:
             x = turned(np.zeros((2, *setup.shape), keras.config.floatx()))
             objectives.called(network, x, training=False)
@@ -310,7 +311,31 @@ def _built(function: Callable[..., Any], setup: Setup) -> Any:
     if not network.trainable_variables:
         must = f"{name} must return a model that has parameters to train"
         raise NormValueError(message(must, f"{type(network).__name__} without any"))
-    return network
+    return network if given else _normalized(network, name, setup)
+
+
+def _normalized(network: Any, name: str, setup: Setup) -> Any:
+    """A network of a function that takes no norm, with the norm of the variant."""
+    if functional(network) is None:
+        must = f"{name} must return a Sequential or Functional model, into which norms can be put, or take `norm`"
+        raise NormValueError(message(must, type(network).__name__, f"def {name}(norm): ... norm() is the layer"))
+    norm = norm_factory(setup.norm, "before", setup.steps)
+
+    def like(record: NormRecord, ndim: int | None) -> keras.layers.Layer:
+        layer = norm(axis=record.axis)
+        spatial = (None,) * ((ndim or 2) - 2)
+        layer.build((None, *record.shape, *spatial) if record.axis == 1 else (None, *spatial, record.shape[-1]))
+        return layer
+
+    return normalized(
+        network,
+        name,
+        None if setup.norm == "none" else norm,
+        like,
+        position=setup.position,
+        example=None if setup.example is None else lambda: turned(as_arrays(setup.example())),  # type: ignore[misc]
+        inplace=False,
+    )
 
 
 def _size(values: Any) -> int:

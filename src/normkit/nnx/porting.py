@@ -12,7 +12,7 @@ from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.nnx import layers as ours
 
-__all__ = ["assign", "is_norm", "make", "read", "targets", "walk"]
+__all__ = ["NAMES", "assign", "is_norm", "make", "read", "targets", "walk"]
 
 _AXES = ("axis", "reduction_axes", "feature_axes")
 _MOVING = ("axis", "momentum", "nonfinite", "use_bias")
@@ -27,7 +27,7 @@ _KINDS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "layer": (nnx.LayerNorm, ours.LayerNorm, ("reduction_axes", "feature_axes", "use_bias")),
     "rms": (nnx.RMSNorm, ours.RMSNorm, ("reduction_axes", "feature_axes")),
 }
-_NAMES = {"gamma": "scale", "beta": "bias", "mean": "mean", "var": "var", "std": "std"}
+NAMES = {"gamma": "scale", "beta": "bias", "mean": "mean", "var": "var", "std": "std"}
 
 
 def walk(model: Any) -> Iterator[tuple[str, Any]]:
@@ -47,7 +47,7 @@ def read(layer: Any) -> NormRecord | None:
     kind = next((name for name, (known, *_) in _KINDS.items() if isinstance(layer, known)), None)
     if kind is None:
         return None
-    found = {name: _array(getattr(layer, attribute, None)) for name, attribute in _NAMES.items()}
+    found = {name: _array(getattr(layer, attribute, None)) for name, attribute in NAMES.items()}
     kept = {name: found[name] for name in ("mean", "var", "std") if found[name] is not None}
     momentum = getattr(layer, "momentum", None)
     count = getattr(layer, "count", None)
@@ -95,7 +95,7 @@ def make(record: NormRecord, axis: int) -> Any:
 
 def targets(layer: Any) -> Iterator[tuple[str, Any]]:
     """See `normkit.surgery.protocol.Porting`."""
-    for role, attribute in (*_NAMES.items(), ("count", "count")):
+    for role, attribute in (*NAMES.items(), ("count", "count")):
         target = getattr(layer, attribute, None)
         if isinstance(target, nnx.Variable) and target.get_value() is not None:
             yield role, target
@@ -112,7 +112,7 @@ def _axis(layer: Any, kind: str) -> int:
         if layer.reduction_axes is not None:
             must = "group norm must normalize over all axes but the first to be ported"
             raise NormValueError(message(must, f"reduction_axes={layer.reduction_axes}"))
-        return -1
+        return getattr(layer, "axis", -1)
     given = {name: getattr(layer, name) for name in _AXES if name in _KINDS[kind][2]}
     for axis in (1, -1):
         if all(value in (axis, (axis,), [axis]) for value in given.values()):

@@ -14,7 +14,7 @@ import inspect
 import re
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -31,17 +31,27 @@ from normkit.nnx.factory import Identity
 if TYPE_CHECKING:
     from normkit.experiments.protocol import SiteValues
 
-__all__ = ["as_arrays", "forward", "probe", "probe_parts"]
+__all__ = [
+    "ACTIVATIONS",
+    "TRANSPARENT",
+    "as_arrays",
+    "calls_replaced",
+    "forward",
+    "inside",
+    "probe",
+    "probe_parts",
+    "results",
+]
 
 # By the name that JAX gives the function or the operation, with the name that PyTorch has for the same.
-_ACTIVATIONS = {name: name for name in (
+ACTIVATIONS = {name: name for name in (
     "celu", "elu", "gelu", "leaky_relu", "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "sparse_plus",
     "sparse_sigmoid", "squareplus", "tanh",
 )} | {
     "hard_sigmoid": "hardsigmoid", "hard_silu": "hardswish", "hard_tanh": "hardtanh", "log_sigmoid": "logsigmoid",
     "logistic": "sigmoid", "soft_sign": "softsign",
 }  # fmt: skip
-_TRANSPARENT = frozenset(("jit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "closed_call"))
+TRANSPARENT = frozenset(("jit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "closed_call"))
 _SCOPE = "normkit"
 
 
@@ -209,8 +219,8 @@ class _Rerun:
 
         for equation in jaxpr.eqns:
             scope = f"{around}/{equation.source_info.name_stack}"
-            results = self._run(equation, [read(variable) for variable in equation.invars], scope)
-            known.update(zip(equation.outvars, results, strict=True))
+            outputs = self._run(equation, [read(variable) for variable in equation.invars], scope)
+            known.update(zip(equation.outvars, outputs, strict=True))
         return [read(variable) for variable in jaxpr.outvars]
 
     def _run(self, equation: JaxprEqn, given: list[Any], scope: str) -> list[Any]:
@@ -219,19 +229,19 @@ class _Rerun:
             _, what, number = equation.params["name"].split()
             self._mark(what, int(number), given[0])
             return given
-        activation = _ACTIVATIONS.get(equation.params["name"] if kind == "jit" else kind)
-        inside = _inside(equation) if kind in _TRANSPARENT else None
+        activation = ACTIVATIONS.get(equation.params["name"] if kind == "jit" else kind)
+        within = inside(equation) if kind in TRANSPARENT else None
         x = next((value for value in given if self._is_batch(value)), None) if activation else None
-        if inside is not None and x is None:
-            return self(*inside, given, scope)
-        results = _results(equation, given)
+        if within is not None and x is None:
+            return self(*within, given, scope)
+        outputs = results(equation, given)
         if x is not None:
             running = [int(number) for number in re.findall(rf"{_SCOPE}(\d+)", scope)]
             site = {"name": self._names[running[-1]], "activation": activation, "norm": self._gave.get(id(x))}
             self.sites.append(site)
-            self.values.append((x, results[0]))
-            self._took[id(results[0])] = site
-        return results
+            self.values.append((x, outputs[0]))
+            self._took[id(outputs[0])] = site
+        return outputs
 
     def _mark(self, what: str, number: int, value: Any) -> None:
         self._kept.append(value)
@@ -245,23 +255,43 @@ class _Rerun:
         return np.ndim(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating) and id(x) not in self._parameters
 
 
-def _results(equation: JaxprEqn, given: Sequence[Any]) -> list[Any]:
+def results(equation: JaxprEqn, given: Sequence[Any]) -> list[Any]:
+    """What an operation of a trace gives for these values."""
     parameters = equation.primitive.get_bind_params(equation.params)
     functions: Sequence[Any] = ()
     if not isinstance(parameters, dict):  # JAX before 0.10
         functions, parameters = parameters
-    results = equation.primitive.bind(*functions, *given, **parameters)
-    return list(results) if equation.primitive.multiple_results else [results]
+    outputs = equation.primitive.bind(*functions, *given, **parameters)
+    return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
-def _inside(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
+def inside(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
+    """The trace that an operation consists of, and its constants; None where it is not made of others."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inside = equation.params.get(name)
-        if isinstance(inside, ClosedJaxpr):
-            return inside.jaxpr, inside.consts
-        if isinstance(inside, Jaxpr):
-            return inside, ()
+        within = equation.params.get(name)
+        if isinstance(within, ClosedJaxpr):
+            return within.jaxpr, within.consts
+        if isinstance(within, Jaxpr):
+            return within, ()
     return None
+
+
+@contextlib.contextmanager
+def calls_replaced(kinds: Iterable[Any], replaced: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, the `__call__` of each class is what `replaced` makes of it: Python looks it up on the class alone."""
+    calls = {kind: next((vars(k)["__call__"] for k in kind.__mro__ if "__call__" in vars(k)), None) for kind in kinds}
+    own = {kind: "__call__" in vars(kind) for kind in calls}
+    try:
+        for kind, call in calls.items():
+            if call is not None:
+                kind.__call__ = replaced(call)
+        yield
+    finally:
+        for kind, call in calls.items():
+            if own[kind]:
+                kind.__call__ = call
+            elif "__call__" in vars(kind):
+                del kind.__call__
 
 
 def _modules(model: nnx.Module) -> dict[int, tuple[nnx.Module, str]]:
@@ -294,20 +324,8 @@ def _marking(modules: Mapping[int, tuple[nnx.Module, str]]) -> Iterator[None]:
 
         return functools.wraps(call)(replaced)
 
-    kinds = {type(module) for module, _ in modules.values()}
-    found = {kind: next((vars(k)["__call__"] for k in kind.__mro__ if "__call__" in vars(k)), None) for kind in kinds}
-    own = {kind: "__call__" in vars(kind) for kind in kinds}
-    try:
-        for kind, call in found.items():
-            if call is not None:
-                kind.__call__ = marked(call)  # type: ignore[method-assign]
+    with calls_replaced({type(module) for module, _ in modules.values()}, marked):
         yield
-    finally:
-        for kind, call in found.items():
-            if own[kind]:
-                kind.__call__ = call  # type: ignore[method-assign, assignment]
-            elif "__call__" in vars(kind):
-                del kind.__call__
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from normkit.core.algebra import Pooled, pooled
 from normkit.core.record import TrackedLayer
 from normkit.errors import NormValueError, message
 from normkit.nnx import layers as ours
-from normkit.nnx.probe import as_arrays, forward
+from normkit.nnx.probe import as_arrays, calls_replaced, forward
 from normkit.nnx.states import is_frozen
 
 if TYPE_CHECKING:
@@ -61,12 +61,7 @@ def watching(model: Any, layers: Sequence[TrackedLayer], decide: Decide) -> Iter
 
         return run
 
-    with contextlib.ExitStack() as stack:
-        for kind in {type(tracked.layer) for tracked in layers}:
-            # Special methods are looked up on the class alone.
-            own = vars(kind).get("__call__")
-            setattr(kind, "__call__", watched(kind.__call__))  # noqa: B010
-            stack.callback(delattr, kind, "__call__") if own is None else stack.callback(setattr, kind, "__call__", own)
+    with calls_replaced({type(tracked.layer) for tracked in layers}, watched):
         yield lambda x: forward(copy, given(copy, x))
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from normkit.core.decay import looks_like_a_norm, undecayed
 from normkit.nnx.porting import is_norm
 
-__all__ = ["FrozenParam", "freeze", "grouped", "is_frozen", "unfreeze"]
+__all__ = ["FrozenParam", "freeze", "given_class", "grouped", "is_frozen", "keep_mode", "unfreeze"]
 
 _MARK = "_normkit_froze"  # on the class of a frozen layer: the class that it had
 
@@ -25,6 +25,19 @@ class FrozenParam(nnx.Variable):
 def is_frozen(layer: Any) -> bool:
     """Whether `freeze` froze this layer's statistics."""
     return hasattr(layer, _MARK)
+
+
+def given_class(layer: Any) -> Any:
+    """The class of a layer, also of a frozen one."""
+    return getattr(layer, _MARK, type(layer))
+
+
+def keep_mode(old: Any, new: Any) -> None:
+    """Let a layer train or evaluate as the one in whose place it comes, and be frozen as that is."""
+    if hasattr(old, "use_running_average") and hasattr(new, "use_running_average"):
+        vars(new)["use_running_average"] = vars(old)["use_running_average"]
+        if is_frozen(old) and not is_frozen(new):
+            object.__setattr__(new, "__class__", _frozen(given_class(new)))
 
 
 def freeze(model: Any, affine: bool) -> int:

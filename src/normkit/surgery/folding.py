@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -13,10 +13,10 @@ from normkit.core.algebra import fold_after, fold_before, scale_shift
 from normkit.core.record import NormRecord
 from normkit.surgery.graph import LINEAR, Graph, Node
 from normkit.surgery.plan import Edit, Report
-from normkit.surgery.protocol import opened
+from normkit.surgery.protocol import Subject, opened
 from normkit.surgery.sites import Site
 
-__all__ = ["Change", "Fold", "Opened", "fold", "planned"]
+__all__ = ["Change", "Fold", "Opened", "changed", "fold", "planned", "resembling", "settled"]
 
 # Functions that only move values: each value of the outputs is one of the input.
 # fmt: off
@@ -66,15 +66,11 @@ class Fold:
         return Edit(self.site.path, str(self.site), new, where, tuple(change.weight for change in self.changes))
 
 
-class Opened(Protocol):
+class Opened(Subject, Protocol):
     """A model that was looked into: `normkit.<framework>.folding.opened`."""
 
     graph: Graph
     sites: tuple[Site, ...]
-    without_optimizer: str  # what is to be said of optimizers where none is given
-
-    def check(self, inplace: bool, optimizer: Any) -> None:
-        """Raise where the framework cannot do that."""
 
     def run(self, node: Node, values: Mapping[int, Any]) -> Any:
         """Apply the function of a node to other values; None where it cannot be run."""
@@ -129,16 +125,20 @@ def fold(
     float64, on JAX in float32, and may change by 1e-6 or 1.2e-5 of the largest output. A norm that is given a mask
     stays.
 
+    A model of Flax NNX is read as JAX traces it after `model.eval()`, and tried in float32, or float64 where JAX is set
+    to it, with the bounds of Keras. What runs in a loop or under `nnx.vmap` stays.
+
     Args:
-        model: a torch.nn.Module, usually after `model.eval()`; a Sequential or Functional model of Keras.
+        model: a torch.nn.Module or an nnx.Module, usually after `model.eval()`; a Sequential or Functional model of
+            Keras.
         example: inputs that the model takes: a tensor or array (N, ...); a dictionary of them, taken by name; a tuple
             or list of them. What is folded is exact for what the model does with it: give one of the shape that is
             used later, with several samples, where the model does other things for other shapes.
         inplace: change the model itself, all of it or nothing. Not for Keras.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
-        optimizer: made for this model; its groups and state move to the parameters of the result. Not for
-            Keras: compile the result.
+        optimizer: made for this model; its groups and state move to the parameters of the result. PyTorch only: compile
+            the result of Keras, make a new nnx.Optimizer.
 
     Returns:
         A new model; modes, types, devices, hooks, tied weights and `requires_grad` stay. Warns where nothing could be
@@ -146,8 +146,9 @@ def fold(
 
     Raises:
         NormTypeError: for a compiled or scripted PyTorch model, an example that does not fit it, a subclassed Keras
-            model or one with a layer that cannot be made from its config, a model of NNX.
-        NormValueError: for lazy layers, a Keras model that is not built, `inplace` or `optimizer` with Keras.
+            model or one with a layer that cannot be made from its config, a model of NNX that JAX cannot trace.
+        NormValueError: for lazy layers, a Keras model that is not built, `inplace` with Keras, `optimizer` with Keras
+            and NNX.
 
     Example:
         >>> import normkit, torch
@@ -160,7 +161,7 @@ def fold(
           (2): ReLU()
         )
     """
-    subject: Opened = opened("folding", model, example, frameworks=("torch", "keras"))
+    subject: Opened = opened("folding", model, example, frameworks=("torch", "keras", "nnx"))
     subject.check(inplace, optimizer)
     found = planned(subject)
     folds = [one for one in found if isinstance(one, Fold)]
@@ -177,6 +178,58 @@ def fold(
         warnings.warn(f"nothing was folded; {first}. hint: return_report=True lists all reasons", stacklevel=2)
     result, difference = subject.finish(accepted, inplace=inplace, optimizer=optimizer)
     return (result, replace(report, difference=difference)) if return_report else result
+
+
+def settled(folds: Sequence[Fold], difference: Callable[[Sequence[Fold]], str | None]) -> dict[int, str]:
+    """Number and reason of each fold that changes the outputs: all are tried together, and one by one if that fails.
+
+    `difference` says how the outputs of a model with these folds differ, None where they do not.
+    """
+    if not folds or difference(folds) is None:
+        return {}
+    accepted: list[Fold] = []
+    rejected = {}
+    for number, fold in enumerate(folds):
+        reason = difference([*accepted, fold])
+        if reason is None:
+            accepted.append(fold)
+        else:
+            rejected[number] = reason
+    return rejected
+
+
+def changed(folds: Sequence[Fold], value: Callable[[str], np.ndarray | None]) -> dict[str, np.ndarray | None]:
+    """What the folds make of weights and biases, by path: new values in float64, None for a bias that goes.
+
+    `value` gives what is at a path, in the order of the rules, None where nothing is.
+    """
+    values: dict[str, np.ndarray | None] = {}
+
+    def now(path: str | None) -> np.ndarray | None:
+        return None if path is None else values[path] if path in values else value(path)
+
+    for change in (change for fold in folds for change in fold.changes):
+        if change.side == "bias":
+            assert change.bias is not None
+            values[change.bias] = None
+            continue
+        weight = now(change.weight)
+        assert weight is not None
+        values[change.weight], shifted = change.applied(weight, now(change.bias))
+        if shifted is not None:
+            assert change.bias is not None
+            values[change.bias] = shifted
+    return values
+
+
+def resembling(part: Any) -> Any:
+    """Like an array: floating point values of its mean and deviation, others of its own in another order."""
+    if not isinstance(part, np.ndarray) or not part.size:
+        return part
+    rng = np.random.default_rng(0)
+    if part.dtype.kind == "f":
+        return (part.mean() + (part.std() or 1.0) * rng.normal(size=part.shape)).astype(part.dtype)
+    return rng.permutation(part.ravel()).reshape(part.shape)
 
 
 def _edit(one: Fold | Edit, rejected: Mapping[int, str]) -> Edit:

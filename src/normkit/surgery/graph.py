@@ -9,27 +9,30 @@ from typing import Any, Literal
 
 from normkit.tables import Table
 
-__all__ = ["ACTIVATIONS", "ATTENTION", "LINEAR", "MAPS", "NORMS", "Graph", "How", "Node"]
+__all__ = ["ACTIVATIONS", "ATTENTION", "KNOWN", "LINEAR", "MAPS", "NORMS", "Graph", "How", "Node"]
 
 # The functions that are linear maps. `addmm` has its weight as (inputs, outputs).
 LINEAR = frozenset(("linear", "addmm", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
 
-# Functions by what they are to a norm.
+# Functions by what they are to a norm; `activation` is one without such a name that stands where a layer takes its
+# activation.
 # fmt: off
 ACTIVATIONS = frozenset((
-    "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "prelu", "relu",
-    "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh", "tanhshrink", "threshold",
+    "activation", "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish",
+    "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh", "tanhshrink",
+    "threshold",
 ))
 NORMS = frozenset((
     "batch_norm", "group_norm", "instance_norm", "layer_norm", "local_response_norm", "normalize", "rms_norm",
 ))
-MAPS = LINEAR | {"bilinear", "gru", "lstm", "multi_head_attention_forward", "rnn_relu", "rnn_tanh"}
+MAPS = LINEAR | {"bilinear", "einsum_dense", "gru", "lstm", "multi_head_attention_forward", "rnn_relu", "rnn_tanh"}
 ATTENTION = frozenset(("baddbmm", "bmm", "einsum", "matmul", "scaled_dot_product_attention", "softmax"))
 # fmt: on
+KNOWN = ACTIVATIONS | NORMS | MAPS | ATTENTION
 
-# How a graph was read: from the traced program (two tracers), from the calls that a model keeps (Keras), or from the
-# order of layers in plain sequences alone.
-How = Literal["dynamo", "export", "functional", "modules"]
+# How a graph was read: from the traced program (two tracers of PyTorch, one of JAX), from the calls that a model keeps
+# (Keras), or from the order of layers in plain sequences alone.
+How = Literal["dynamo", "export", "jaxpr", "functional", "modules"]
 _HEADINGS = ("id", "function", "called in", "inputs", "shape")
 
 

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
+from normkit.core.algebra import Pooled, unbiased
+from normkit.core.catalog import find
 from normkit.core.constraints import Constraint, Flag, OneOf, check
-from normkit.errors import NormValueError, message
+from normkit.core.record import NormRecord
+from normkit.errors import NormTypeError, NormValueError, message
+from normkit.frameworks import is_layer
 from normkit.surgery.graph import ACTIVATIONS, ATTENTION, LINEAR, MAPS, NORMS, Graph, Node
-from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
-from normkit.surgery.protocol import opened
+from normkit.surgery.plan import Edit, Report
+from normkit.surgery.protocol import Subject, opened
 from normkit.surgery.sites import Site, named
 
-__all__ = ["Opened", "Place", "insert", "planned"]
+__all__ = [
+    "Opened",
+    "Place",
+    "as_identity",
+    "check_identity",
+    "check_place",
+    "insert",
+    "planned",
+    "subtracts",
+    "without_bias",
+]
+
+# A value per channel that is added to all of x is subtracted again by their statistics.
+_SUBTRACTING = ("batch", "ghost", "renorm", "instance")
 
 # What a linear map's output can meet, and why there is then no place for a norm. In the order of their weight.
 _REASONS = {
@@ -54,7 +74,7 @@ class Place:
     why: str
 
 
-class Opened(Protocol):
+class Opened(Subject, Protocol):
     """A model that was looked into: `normkit.<framework>.insertion.opened`."""
 
     graph: Graph
@@ -62,6 +82,9 @@ class Opened(Protocol):
 
     def layers(self) -> dict[str, Any]:
         """Every layer by its first path."""
+
+    def holds_layers(self, path: str) -> bool:
+        """Whether a layer has others inside."""
 
     def obstacle(self, path: str) -> str | None:
         """Why no norm can be put at a layer."""
@@ -143,13 +166,18 @@ def insert(
     """
     given = {"placement": placement, "init": init, "except_last": except_last, "inplace": inplace}
     check("insert", _ARGUMENTS, {**given, "dry_run": dry_run, "return_report": return_report})
-    subject: Opened = opened("insertion", model, norm, example)
+    if not isinstance(norm, str) and (isinstance(norm, type) or is_layer(norm) or not callable(norm)):
+        must = "`norm` must be a short name, or a function from the number of channels to a layer"
+        raise NormTypeError(message(must, repr(norm), "lambda channels: nn.BatchNorm2d(channels)"))
+    if isinstance(norm, str):
+        find(norm)
+    subject: Opened = opened("insertion", model, norm, example, frameworks=("torch", "keras"))
+    subject.check(inplace, optimizer)
     found = planned(subject, after, placement, except_last)
     places = [one for one, _ in found if one is not None]
     edits = tuple(edit for _, edit in found)
-    report = Report(
-        "insert", type(model).__name__, subject.graph.how, edits, (OLD_OPTIMIZER,) if optimizer is None else ()
-    )
+    notes = (subject.without_optimizer,) if optimizer is None else ()
+    report = Report("insert", type(model).__name__, subject.graph.how, edits, notes)
     if dry_run:
         return report
     if not places:
@@ -158,7 +186,7 @@ def insert(
             message(must, report.reasons, "dry_run=True gives all reasons, after=[path] names a layer")
         )
     result, change = subject.finish(places, identity=init == "identity", inplace=inplace, optimizer=optimizer)
-    return (result, replace(report, difference=change)) if return_report else result
+    return (result, dataclasses.replace(report, difference=change)) if return_report else result
 
 
 def planned(
@@ -177,6 +205,43 @@ def planned(
         for path in sorted(chosen, key=graph.first_call):
             plan.add(path, named=chosen[path] == path)
     return plan.found
+
+
+def check_place(record: NormRecord | None, place: Place) -> None:
+    """Raise NormValueError where a norm has nothing to normalize over."""
+    values = np.prod(place.shape[1:]) // place.shape[place.axis]
+    if record is not None and record.kind == "instance" and values == 1:
+        raise NormValueError("instance norm has a single value to normalize there")
+
+
+def subtracts(record: NormRecord | None, place: Place) -> bool:
+    """Whether a norm takes out again what a bias in front of it adds."""
+    own = record is not None and (record.axis == place.axis or len(place.shape) == 2)
+    return record is not None and own and record.kind in _SUBTRACTING
+
+
+def check_identity(record: NormRecord | None, kind: str) -> None:
+    """Raise NormValueError for a norm, of a class named `kind`, that cannot give in evaluation what comes in."""
+    if record is None or not record.kept or record.gamma is None or record.beta is None:
+        must = '`init="identity"` needs norms with kept statistics, gamma and beta'
+        raise NormValueError(message(must, kind, "batch, ghost or renorm"))
+
+
+def as_identity(record: NormRecord, found: Pooled) -> NormRecord:
+    """The record of a norm that has seen these values, and in evaluation gives them as they come in."""
+    var = unbiased(found.var, found.count) if record.bessel and found.count > 1 else found.var
+    std = np.sqrt(var + record.eps)
+    kept = {"mean": found.mean} | ({"std": std} if "std" in record.kept else {"var": var})
+    # Where the weight of a batch follows from their number, a first one would else replace all that was kept.
+    counts = record.count is not None and (record.rate is None or record.debiased)
+    return dataclasses.replace(record, gamma=std, beta=found.mean, kept=kept, count=1 if counts else record.count)
+
+
+def without_bias(record: NormRecord, bias: np.ndarray) -> NormRecord:
+    """The record of a norm whose inputs have lost a bias that it subtracts: what is kept of them moves by it."""
+    if not record.kept:
+        return record
+    return dataclasses.replace(record, kept={**record.kept, "mean": record.kept["mean"] - bias})
 
 
 class _Refused(Exception):  # noqa: N818  # the reason why a layer gets no norm
@@ -242,10 +307,10 @@ class _Plan:
 
     def _only_call(self, path: str) -> tuple[Node, Node]:
         """The linear map that a layer is, and what the layer gives: it may pad and reshape as well."""
-        graph, layers = self.subject.graph, self.subject.layers()
+        graph = self.subject.graph
         own = [node for node in graph.nodes if node.path == path and node.op not in ("input", "output")]
         maps = [node for node in own if node.op in LINEAR]
-        if any(other.startswith(f"{path}.") or not path for other in layers if other != path):
+        if self.subject.holds_layers(path):
             raise _Refused(self.subject.obstacle(path) or "it calls the linear map as a function, not as a layer")
         if not own:
             raise _Refused("it is not called on this example")
@@ -268,7 +333,7 @@ class _Plan:
 
     def _channels(self, node: Node, given: Node) -> tuple[tuple[int, ...], int]:
         linear = node.op in ("linear", "addmm")
-        axis, shape = -1 if linear else 1, given.shape
+        axis, shape = -1 if linear else int(node.options.get("axis", 1)), given.shape
         if shape is None or len(shape) < 2 or (not linear and len(shape) != 2 + int(node.op[-2])):
             raise _Refused("the example has no batch axis there")
         if node.shape is None or node.shape[axis] != shape[axis]:
@@ -312,10 +377,15 @@ class _Plan:
         if node.op in MAPS:
             return "linear"
         if node.op in ATTENTION:
-            return "attention"
+            return None if node.op == "softmax" and self._gives_outputs(node) else "attention"
         if node.op not in ACTIVATIONS:
             return None
         return "gate" if node.op in ("sigmoid", "hardsigmoid") and self._gates(node) else "activation"
+
+    def _gives_outputs(self, node: Node) -> bool:
+        """Whether it makes outputs of the model and nothing else."""
+        readers = self.subject.graph.consumers(node)
+        return bool(readers) and all(reader.op == "output" for reader in readers)
 
     def _gates(self, node: Node) -> bool:
         """Whether it weighs values that are not its own input, as x * sigmoid(x) does."""

@@ -18,6 +18,7 @@ _HEADINGS = ("layer", "is", "becomes", "why")
 _SEEN = {
     "dynamo": "the whole forward pass was traced (Dynamo)",
     "export": "the whole forward pass was traced (torch.export)",
+    "jaxpr": "the whole forward pass was traced (JAX)",
     "functional": "every call of the model is known",
     "modules": "the forward pass could not be traced; the order of layers is known within nn.Sequential only",
 }
@@ -49,8 +50,8 @@ class Report(Result):
     Attributes:
         verb: `fold`, ...
         model: name of the model's class.
-        how: how the flow of data was seen: `dynamo`, `export`, `functional` or `modules`; None where a verb looks at
-            layers alone.
+        how: how the flow of data was seen: `dynamo`, `export`, `jaxpr`, `functional` or `modules`; None where a verb
+            looks at layers alone.
         edits: one or more entries per layer that the verb looks at, in the order of the calls.
         notes: what else there is to know.
         difference: largest change of the outputs on the example, relative to the largest output, in the type of the

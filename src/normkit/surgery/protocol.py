@@ -13,9 +13,13 @@ from normkit.core.record import NormRecord, TrackedLayer
 from normkit.errors import NormTypeError, message
 from normkit.frameworks import framework_of, part
 
-__all__ = ["Decide", "Porting", "Recording", "States", "opened", "porting", "recording", "states"]
+__all__ = ["Decide", "Porting", "Recording", "States", "Subject", "opened", "porting", "recording", "states"]
 
-_MODELS = {"torch": "a torch.nn.Module", "keras": "a Sequential or Functional model of Keras"}
+_MODELS = {
+    "torch": "a torch.nn.Module",
+    "keras": "a Sequential or Functional model of Keras",
+    "nnx": "an nnx.Module",
+}
 
 
 class Porting(Protocol):
@@ -91,6 +95,15 @@ class States(Protocol):
 
     def grouped(self, model: Any, weight_decay: float, biases: bool) -> Any:
         """See `normkit.param_groups`."""
+
+
+class Subject(Protocol):
+    """A model that was looked into, to be changed."""
+
+    without_optimizer: str  # what is to be said of optimizers where none is given
+
+    def check(self, inplace: bool, optimizer: Any) -> None:
+        """Raise where the framework cannot do that."""
 
 
 def opened(module: str, model: Any, *arguments: Any, frameworks: Sequence[str] = ("torch",)) -> Any:

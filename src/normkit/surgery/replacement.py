@@ -14,8 +14,9 @@ from normkit.core.constraints import Constraint, Flag, Integer, Optional, check
 from normkit.core.record import NormRecord
 from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormTypeError, NormValueError, message
-from normkit.surgery.plan import OLD_OPTIMIZER, Edit, Report
-from normkit.surgery.protocol import opened
+from normkit.frameworks import is_layer
+from normkit.surgery.plan import Edit, Report
+from normkit.surgery.protocol import Subject, opened
 from normkit.surgery.sites import Site, named
 
 __all__ = ["Opened", "remove", "replace", "turned"]
@@ -29,7 +30,7 @@ _ARGUMENTS: dict[str, Constraint] = {
 }
 
 
-class Opened(Protocol):
+class Opened(Subject, Protocol):
     """A model that was looked into: `normkit.<framework>.replacement.opened`."""
 
     sites: tuple[Site, ...]
@@ -75,28 +76,31 @@ def replace(
     something different; with an `example` the report says by how much the outputs change. A norm that keeps statistics
     where the old one did not starts them at mean 0 and variance 1: train it, or `normkit.recalibrate` it.
 
-    Parameters that the new layer has too stay the same objects, as do hooks.
+    In PyTorch parameters that the new layer has too stay the same objects, as do hooks. Of Keras, Sequential and
+    Functional models are built anew, as their layers are wired for good. In NNX the new layer is frozen, and trains
+    or evaluates, as the old one did; subclasses with a `__call__` of their own are passed over.
 
     Args:
-        model: a torch.nn.Module.
+        model: a torch.nn.Module, a Sequential or Functional model of Keras, or an nnx.Module.
         norms: what becomes what. Keys: a short name of the catalog, the class of a layer, the path of a layer, a
             function of (path, layer); a path counts before a class or function, these before a short name. Values: a
             short name, or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer, whose own
             values then count.
-        accelerated: in place of `norms`: torch.nn's own classes, and RMS and layer norms that a probe recognizes,
-            become ours, with the same numbers, parameters and `state_dict`. Other subclasses stay.
+        accelerated: in place of `norms`: the own classes of torch.nn, Keras or Flax, and RMS and layer norms of PyTorch
+            that a probe recognizes, become ours, with the same numbers and parameters. Other subclasses stay.
         example: inputs that the model takes, to measure the change.
         groups: of new group norms; None takes at most 32, that divide the channels.
-        inplace: change the model itself, all of it or nothing.
+        inplace: change the model itself, all of it or nothing. Not in Keras.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
-        optimizer: made for this model; its groups and state move to the parameters of the result.
+        optimizer: made for this model; its groups and state move to the parameters of the result. PyTorch only: make a
+            new one elsewhere.
 
     Returns:
         A new model, in the modes it had. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for what is no PyTorch model, keys and values of another type.
+        NormTypeError: for a model of another framework, keys and values of another type.
         NormValueError: for unknown names, keys that mean no norm of the model, and where no norm can be replaced.
 
     Example:
@@ -116,10 +120,11 @@ def replace(
     for new in (norms or {}).values():
         if isinstance(new, str):
             find(new)
-        elif isinstance(new, type) or not callable(new):
+        elif isinstance(new, type) or is_layer(new) or not callable(new):
             must = "values of `norms` must be short names, or functions from a record to a layer"
             raise NormTypeError(message(must, repr(new)))
-    subject: Opened = opened("replacement", model, example)
+    subject: Opened = opened("replacement", model, example, frameworks=("torch", "keras", "nnx"))
+    subject.check(inplace, optimizer)
     chosen = {site.path: None for site in subject.sites} if norms is None else _named(subject, "norms", norms)
 
     def change(site: Site) -> tuple[str, str]:
@@ -152,19 +157,20 @@ def remove(
     outputs, where that is possible.
 
     Args:
-        model: a torch.nn.Module.
+        model: a torch.nn.Module, a Sequential or Functional model of Keras, or an nnx.Module.
         which: short names of the catalog, classes, paths and functions of (path, layer), one or a list of them.
         example: inputs that the model takes, to measure the change.
-        inplace: change the model itself, all of it or nothing.
+        inplace: change the model itself, all of it or nothing. Not in Keras.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
-        optimizer: made for this model; its groups and state move to the parameters of the result.
+        optimizer: made for this model; its groups and state move to the parameters of the result. PyTorch only: make a
+            new one elsewhere.
 
     Returns:
         A new model, in the modes it had. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for what is no PyTorch model, entries of another type.
+        NormTypeError: for a model of another framework, entries of another type.
         NormValueError: for entries that mean no norm of the model.
 
     Example:
@@ -176,7 +182,8 @@ def remove(
     """
     flags = {"inplace": inplace, "dry_run": dry_run, "return_report": return_report}
     check("remove", _ARGUMENTS, flags)
-    subject: Opened = opened("replacement", model, example)
+    subject: Opened = opened("replacement", model, example, frameworks=("torch", "keras", "nnx"))
+    subject.check(inplace, optimizer)
     chosen = _named(subject, "which", which)
 
     def change(site: Site) -> tuple[str, str]:
@@ -278,7 +285,7 @@ def _finished(
     return_report: bool,
     optimizer: Any,
 ) -> Any:
-    notes = (OLD_OPTIMIZER,) if optimizer is None else ()
+    notes = (subject.without_optimizer,) if optimizer is None else ()
     report = Report(verb, type(model).__name__, None, tuple(edits), notes)
     if dry_run:
         return report

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normkit.surgery.folding import Change, Fold
 from normkit.surgery.graph import Node
-from normkit.surgery.plan import OLD_OPTIMIZER
 from normkit.surgery.sites import Site
 from normkit.torch.graph import capture
 from normkit.torch.probe import as_tensors
 from normkit.torch.sites import sites
 from normkit.torch.surgery import (
+    Subject,
     Transaction,
     carry,
     check_runs,
@@ -48,10 +48,8 @@ def opened(model: nn.Module, example: Any) -> _Opened:
     return _Opened(model, example)
 
 
-class _Opened:
+class _Opened(Subject):
     """See `normkit.surgery.folding.Opened`."""
-
-    without_optimizer = OLD_OPTIMIZER
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         self._model, self._example = model, example
@@ -60,9 +58,6 @@ class _Opened:
         self._flow = capture(model, as_tensors(example, model), lambda module: id(module) in norms)
         self.graph = self._flow.graph
         self._modules = dict(model.named_modules(remove_duplicate=False))
-
-    def check(self, inplace: bool, optimizer: Any) -> None:
-        """PyTorch can do both."""
 
     def run(self, node: Node, values: Mapping[int, Any]) -> Any:
         if node.id not in self._flow.functions:

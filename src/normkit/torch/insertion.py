@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normkit.core.algebra import Pooled, unbiased
-from normkit.errors import NormTypeError, NormValueError, message
+from normkit.core.algebra import Pooled
+from normkit.errors import NormTypeError, message
 from normkit.surgery.conversion import write
-from normkit.surgery.insertion import Place
+from normkit.surgery.insertion import (
+    Place,
+    as_identity,
+    check_identity,
+    check_place,
+    subtracts,
+    without_bias,
+)
 from normkit.surgery.plan import Edit
 from normkit.torch import porting
 from normkit.torch.factory import norm_layer
@@ -24,6 +29,7 @@ from normkit.torch.graph import capture, computes_as_named
 from normkit.torch.probe import as_tensors, forward, untouched
 from normkit.torch.sites import sites
 from normkit.torch.surgery import (
+    Subject,
     Transaction,
     carry,
     check_runs,
@@ -38,18 +44,11 @@ from normkit.torch.surgery import (
 __all__ = ["opened", "take_out"]
 
 _CHILD = "norm"
-# A value per channel that is added to all of x is subtracted again by their statistics.
-_SUBTRACTING = ("batch", "ghost", "renorm", "instance")
 
 
 def opened(model: nn.Module, norm: str | Callable[..., Any], example: Any) -> _Opened:
     """Look into a model. Raises NormTypeError and NormValueError where that is not possible."""
     check_runs(model, example)
-    if not isinstance(norm, str) and (isinstance(norm, type) or not callable(norm)):
-        must = "`norm` must be a short name, or a function from the number of channels to a layer"
-        raise NormTypeError(message(must, repr(norm), "lambda channels: nn.BatchNorm2d(channels)"))
-    if isinstance(norm, str):
-        norm_layer(norm, 64)  # which knows the names
     return _Opened(model, norm, example)
 
 
@@ -97,7 +96,7 @@ def _blank(side: type, kind: type) -> nn.Module:
     return made.__new__(made)
 
 
-class _Opened:
+class _Opened(Subject):
     """See `normkit.surgery.insertion.Opened`."""
 
     def __init__(self, model: nn.Module, norm: str | Callable[..., Any], example: Any) -> None:
@@ -110,6 +109,9 @@ class _Opened:
 
     def layers(self) -> dict[str, nn.Module]:
         return dict(self._model.named_modules())
+
+    def holds_layers(self, path: str) -> bool:
+        return any(True for _ in self._model.get_submodule(path).children())
 
     def obstacle(self, path: str) -> str | None:
         layer = self._model.get_submodule(path)
@@ -130,13 +132,12 @@ class _Opened:
         if not isinstance(norm, nn.Module):
             raise NormTypeError(message("`norm` must give a torch.nn.Module", type(norm).__name__))
         record = porting.read(norm)
-        if record is not None and record.kind == "instance" and np.prod(place.shape[2:]) == 1:
-            raise NormValueError("instance norm has a single value to normalize there")
+        check_place(record, place)
         self._made[place] = norm
         layer = self._model.get_submodule(place.path)
         old, name = type(layer).__name__, type(norm).__name__
         why = place.why
-        if record is not None and record.kind in _SUBTRACTING and self._may_lose_bias(place, layer):
+        if subtracts(record, place) and self._may_lose_bias(place, layer):
             self._freed.add(place)
             why += "; its bias goes, the norm subtracts it again"
         where = f"{old}, {name} behind it" if place.side == "output" else f"{name} in front of {old}"
@@ -188,10 +189,7 @@ def _calibrate(model: nn.Module, norms: Sequence[nn.Module], example: Any) -> No
         return given[0]
 
     for norm in norms:
-        record = porting.read(norm)
-        if record is None or not record.kept or record.gamma is None or record.beta is None:
-            must = '`init="identity"` needs norms with kept statistics, gamma and beta'
-            raise NormValueError(message(must, type(norm).__name__, "batch, ghost or renorm"))
+        check_identity(porting.read(norm), type(norm).__name__)
     with contextlib.ExitStack() as stack, untouched(model):
         for norm in norms:
             stack.callback(norm.register_forward_hook(pass_on).remove)
@@ -199,10 +197,7 @@ def _calibrate(model: nn.Module, norms: Sequence[nn.Module], example: Any) -> No
     for norm, found in seen.items():
         record = porting.read(norm)
         assert record is not None
-        var = unbiased(found.var, found.count) if record.bessel and found.count > 1 else found.var
-        std = np.sqrt(var + record.eps)
-        kept = {"mean": found.mean} | ({"std": std} if "std" in record.kept else {"var": var})
-        write(porting, norm, dataclasses.replace(record, gamma=std, beta=found.mean, kept=kept))
+        write(porting, norm, as_identity(record, found))
 
 
 def _move_bias(changes: Transaction, model: nn.Module, place: Place, norm: nn.Module) -> None:
@@ -213,5 +208,4 @@ def _move_bias(changes: Transaction, model: nn.Module, place: Place, norm: nn.Mo
     record = porting.read(norm)
     assert record is not None
     changes.set(place.bias, None)
-    if record.kept:
-        write(porting, norm, dataclasses.replace(record, kept={**record.kept, "mean": record.kept["mean"] - bias}))
+    write(porting, norm, without_bias(record, bias))

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.surgery.conversion import write
+from normkit.surgery.plan import OLD_OPTIMIZER
 from normkit.surgery.sites import Site
 from normkit.torch import layers, porting
 from normkit.torch.insertion import take_out
 from normkit.torch.probe import as_tensors, forward, untouched
 from normkit.torch.sites import sites
 from normkit.torch.surgery import (
+    Subject,
     carry,
     check_plain,
     check_runs,
@@ -57,8 +59,10 @@ def opened(model: nn.Module, example: Any) -> _Opened:
     return _Opened(model, example)
 
 
-class _Opened:
+class _Opened(Subject):
     """See `normkit.surgery.replacement.Opened`."""
+
+    without_optimizer = OLD_OPTIMIZER
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         self._model, self._example = model, example
@@ -66,6 +70,9 @@ class _Opened:
         self.sites = tuple(site for site in sites(model) if site.path)  # the model itself has no place in a model
         self._sites = {site.path: site for site in self.sites}
         self._ndims = {} if example is None else self._called_with()
+
+    def check(self, inplace: bool, optimizer: Any) -> None:
+        """PyTorch can."""
 
     def layer(self, path: str) -> nn.Module:
         return self._model.get_submodule(path)

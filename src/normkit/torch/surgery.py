@@ -13,9 +13,11 @@ from torch.nn.utils import parametrize
 
 from normkit.core import algebra
 from normkit.errors import NormTypeError, message
+from normkit.surgery.plan import OLD_OPTIMIZER
 from normkit.torch.probe import as_tensors, check_sized, forward, untouched
 
 __all__ = [
+    "Subject",
     "Transaction",
     "carry",
     "check_plain",
@@ -29,6 +31,15 @@ __all__ = [
     "tensors_in",
     "transaction",
 ]
+
+
+class Subject:
+    """What holds of every change of a PyTorch model: see `normkit.surgery.protocol.Subject`."""
+
+    without_optimizer = OLD_OPTIMIZER
+
+    def check(self, inplace: bool, optimizer: Any) -> None:
+        """PyTorch can do both."""
 
 
 def check_plain(model: nn.Module) -> None:

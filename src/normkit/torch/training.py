@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
-from normkit.surgery.conversion import write
-from normkit.surgery.insertion import insert
-from normkit.surgery.replacement import remove, replace, turned
-from normkit.torch import objectives, porting
+from normkit.surgery.variants import normalized
+from normkit.torch import objectives
 from normkit.torch.factory import norm_factory
 from normkit.torch.models import build, weighted_layers
 from normkit.torch.probe import as_tensors, check_sized, forward, probe, untouched
-from normkit.torch.sites import sites
 
 if TYPE_CHECKING:
     from normkit.experiments.protocol import Batch, Scores, Setup, SiteValues
@@ -183,71 +177,34 @@ def versions() -> dict[str, str]:
 
 
 def _built(function: Callable[..., Any], setup: Setup) -> nn.Module:
+    from normkit.experiments.code import takes_norm
+
     name = objectives.named(function)
-    takes_norm = _takes_norm(function, name)
+    given = takes_norm(function, name, "norm(64) is the layer for 64 channels")
     norm = norm_factory(setup.norm, setup.position, setup.steps)
     seed(setup.seed)
-    network = objectives.called(function, **({"norm": norm} if takes_norm else {}))
+    network = objectives.called(function, **({"norm": norm} if given else {}))
     if not isinstance(network, nn.Module):
         got = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
         raise NormValueError(message(f"{name} must return a torch.nn.Module", got, "end it with `return model`"))
-    if takes_norm:
+    if given:
         norm.check_used(network, name)
     check_sized(network)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         got = f"{type(network).__name__} without any"
         raise NormValueError(message(f"{name} must return a model that has parameters to train", got))
-    return network if takes_norm else _normalized(network, name, setup)
-
-
-def _takes_norm(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function is to be given `norm`. Raises NormValueError where it cannot be called without more."""
-    try:
-        signature = inspect.signature(function)
-        if "norm" not in signature.parameters:
-            with contextlib.suppress(TypeError):
-                signature.bind()
-                return False
-        signature.bind(norm=None)
-    except (TypeError, ValueError) as error:
-        must = f"{name} must take a parameter `norm` or nothing, and no other without a default ({error})"
-        hint = f"def {name}(norm): ... norm(64) is the layer for 64 channels"
-        raise NormValueError(message(must, hint=hint)) from None
-    return True
-
-
-def _normalized(network: nn.Module, name: str, setup: Setup) -> nn.Module:
-    """A network with the norm of a variant: in place of the norms it has, else where activations follow its maps."""
+    if given:
+        return network
     norm = norm_factory(setup.norm, "before", setup.steps)
-    if not any(True for _ in sites(network)):
-        if setup.norm == "none":
-            return network
-        assert setup.example is not None
-        placement = cast(Literal["before", "after"], setup.position)
-        return insert(network, norm, setup.example(), placement=placement, inplace=True)
-    hint = f"def {name}(norm): ... and norm(64) in their place"
-    if setup.position == "after":
-        must = "a norm after the activations needs a model without norms, whose own keep their places"
-        raise NormValueError(message(must, type(network).__name__, hint))
-    if setup.norm == "none":
-        network, report = remove(network, nn.Module, inplace=True, return_report=True)
-    else:
-        new = {nn.Module: lambda record: _in_place_of(record, norm)}
-        network, report = replace(network, new, inplace=True, return_report=True)
-    for edit in report.kept:
-        must = "every norm of a model must be one that can be replaced"
-        raise NormValueError(message(must, f"{edit.path}, {edit.old}: {edit.reason}", hint))
-    return network
-
-
-def _in_place_of(record: NormRecord, norm: Callable[..., nn.Module]) -> nn.Module:
-    """A layer of a variant that starts with the gamma and beta of another, which may have reasons for them."""
-    layer = norm(record.shape[0], axis=record.axis)
-    own = porting.read(layer)
-    assert own is not None
-    values = turned(record, own.kind)
-    write(porting, layer, dataclasses.replace(own, gamma=values.gamma, beta=values.beta))
-    return layer
+    return normalized(
+        network,
+        name,
+        None if setup.norm == "none" else norm,
+        lambda record, _: norm(record.shape[0], axis=record.axis),
+        position=setup.position,
+        example=setup.example,
+        inplace=True,
+    )
 
 
 def _size(targets: Any) -> int:

@@ -18,7 +18,7 @@ from normkit.experiments.config import TrialConfig
 from normkit.experiments.data import Dataset, Part
 from normkit.experiments.feeds import ArrayFeed
 from normkit.experiments.protocol import Setup
-from normkit.keras import factory, layers, training
+from normkit.keras import factory, layers, porting, training
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(12, 5)).astype(np.float32)
@@ -353,8 +353,9 @@ def fits_not(norm):
 
 BUILDS = {
     "raises": (raising, r"raising raised ValueError: no such thing \(line \d+ of test_training.py\)"),
-    "takes nothing": (without_norm, r"must take a parameter `norm`.*hint: def without_norm\(norm\)"),
-    "takes more": (two_arguments, r"must take a parameter `norm`, and no other without a default \(missing.*'width'\)"),
+    "takes nothing": (without_norm, "must have a linear map that a norm can follow; got dense"),
+    "takes more": (two_arguments, r"must take a parameter `norm` or nothing, and no other .*\(missing.*'width'\)"),
+    "takes nothing, calls as it likes": (lambda: Residual(lambda **_: keras.layers.ReLU()), "or take `norm`; got Res"),
     "returns nothing": (lambda norm: None, "must return a Keras model; got NoneType"),
     "returns a class": (lambda norm: keras.Model, "must return a Keras model; got the class"),
     "returns a tensor": (lambda norm: norm()(keras.Input((5,))), "must return a Keras model; got KerasTensor"),
@@ -370,7 +371,53 @@ BUILDS = {
 def test_functions_that_give_no_usable_network(case):
     build, text = BUILDS[case]
     with pytest.raises(NormValueError, match=text):
-        trainer(build, norm="batch")
+        trainer(build, norm="batch", example=lambda: TABLE)
+
+
+def bare():
+    return keras.Sequential([keras.layers.Dense(8, activation="relu"), keras.layers.Dense(3)])
+
+
+def with_norms():
+    first = keras.initializers.Constant(0.25)
+    norm = keras.layers.LayerNormalization(gamma_initializer=first)
+    return keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dense(8), norm, keras.layers.ReLU(), keras.layers.Dense(3)]
+    )
+
+
+EVERYWHERE = [("none", "before"), ("batch", "before"), ("batch", "after")]
+ONCE = VARIANTS if keras.config.backend() == "torch" else EVERYWHERE
+
+
+@pytest.mark.parametrize(("norm", "position"), ONCE)
+@pytest.mark.parametrize("build", [bare, with_norms])
+def test_a_function_without_norm_gets_that_of_the_variant(build, norm, position):
+    """Inserted, or in the place of those that are there; all variants start from the same weights."""
+    asked = {"norm": norm, "position": position, "example": lambda: TABLE}
+    if norm == "instance" or (build is with_norms and position == "after"):
+        with pytest.raises(NormValueError, match=r"positions to take statistics|model without norms"):
+            trainer(build, **asked)
+        return
+    made = trainer(build, **asked)
+    found = [porting.read(layer) for _, layer in porting.walk(made.network)]
+    assert [record.kind for record in found] == ([] if norm == "none" else [norm])
+    assert all(record.gamma[0] == (1.0 if build is bare else 0.25) for record in found)
+    plain = trainer(bare, example=lambda: TABLE).weights()
+    assert all(np.array_equal(value, plain[name]) for name, value in made.weights().items())
+    if (norm, position) == ("batch", "before") and build is bare:
+        assert made.step(TABLE, LABELS) > 0
+        assert not np.array_equal(made.weights()["layer 0"], plain["layer 0"])
+
+
+def test_images_with_their_channels_first_are_turned_for_a_function_without_norm():
+    def build():
+        shape = (9, 8, 2) if keras.config.image_data_format() == "channels_last" else (2, 9, 8)
+        stack = [keras.layers.Conv2D(3, 3, activation="relu"), keras.layers.Flatten(), keras.layers.Dense(3)]
+        return keras.Sequential([keras.Input(shape), *stack])
+
+    made = trainer(build, norm="batch", shape=(2, 9, 8), example=lambda: IMAGES)
+    assert [type(layer).__name__ for layer in made.network.layers][:3] == ["Conv2D", "BatchNormalization", "Activation"]
 
 
 def test_a_model_that_is_kept_between_variants_does_not_use_its_norm():

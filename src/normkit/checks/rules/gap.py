@@ -62,7 +62,7 @@ def gap(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     "kept statistics are not those of the data",
     "layers",
     "calls",
-    uses=("trained calls", "gap", "data"),
+    uses=("data", "trained calls", "gap"),
     limits={**STALE, "error": 0.5},
 )
 def stale_statistics(seen: Evidence, limits: Limits) -> Iterator[Finding]:

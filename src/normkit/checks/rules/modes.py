@@ -56,10 +56,10 @@ def frozen_but_moving(seen: Evidence, _: Limits) -> Iterator[Finding]:
     line = f"normkit.freeze({places[0]})"
     if len(places) > 1:
         line = f"for part in ({', '.join(places)}): normkit.freeze(part)"
-    fix = Fix(line, verb="freeze", arguments={"paths": tuple(parts)}, safe=True)
     for layer in found:
         sure = trains and known[layer.path] is _Before.FROZEN
         severity: Severity = "error" if sure else "warning"
+        fix = Fix(line, verb="freeze", arguments={"path": layer.path}, safe=True)
         words = "statistics move in training, although the layer and all before it are frozen"
         evidence = {"layers": len(found), "seen to move": "no step was taken" if seen.step is None else "yes"}
         yield Finding(severity, layer.path, words, evidence, fix, "the statistics of the frozen part drift", 2.0)

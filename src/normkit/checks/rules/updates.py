@@ -31,13 +31,12 @@ def counted_several_times(seen: Evidence, _: Limits) -> Iterator[Finding]:
         why = "the forward pass is run again in the backward pass" if inside else "it is called again on the same input"
         words = f"{number(times)} updates per batch, as {why}: a rate of {number(rate)} acts as {number(acts)}"
         values = {"updates": updates, "inputs": distinct, "calls in the backward pass": inside, "acts as": acts}
-        slower = f"{seen.at(layer.path)}.momentum = {number(1 - (1 - rate) ** (1 / times))}"
-        if seen.framework == "keras":
-            fix = Fix(f"{seen.at(layer.path)}.momentum = {number((1 - rate) ** (1 / times))}")
-        elif inside:
+        each = 1 - (1 - rate) ** (1 / times)
+        momentum = 1 - each if seen.framework == "keras" else each
+        slower = f"{seen.at(layer.path)}.momentum = {number(momentum)}"
+        fix = Fix(slower, verb="momentum", arguments={"path": layer.path, "value": momentum}, safe=True)
+        if inside and seen.framework == "torch":
             fix = Fix(f"normkit.replace({seen.name}, accelerated=True)", others=(slower,))
-        else:
-            fix = Fix(slower)
         yield Finding("warning", layer.path, words, values, fix)
 
 
