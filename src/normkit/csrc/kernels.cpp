@@ -1,0 +1,757 @@
+// Normalization over two geometries: statistics over contiguous runs (rows) and over strided columns. Compiled once per
+// instruction set, with NORMKIT_TABLE naming the table that it fills.
+//
+// Moments. Blocks that fit the nearest cache are read twice, for their mean and for the squares of the deviations from it,
+// and blocks are merged in double (Chan, Golub and LeVeque 1979): x is read from memory once, and no difference of two
+// large numbers is taken anywhere. The mean is kept as two floats, so that x - mean keeps its digits far from zero.
+#include "kernels.hpp"
+
+#include <cmath>
+#include <cstdlib>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "simd.hpp"
+
+namespace {
+
+using namespace normkit;
+
+// A loop's body is written once and must be compiled twice: for whole vectors, and for the rest.
+#define ALWAYS __attribute__((always_inline))
+
+constexpr Index BLOCK = 4096;          // values that are read twice from the nearest cache
+constexpr Index COLUMN_BLOCK = 32768;  // the same for columns, from the second nearest: whole rows of the matrix
+
+// Zeros, or nothing. (A template of the standard library would be one symbol for all instruction sets.)
+template <class T>
+class Array {
+  public:
+    explicit Array(Index size) : values_(size ? (T*)std::calloc((size_t)size, sizeof(T)) : nullptr) {
+        if (size && !values_) std::abort();
+    }
+    ~Array() { std::free(values_); }
+    Array(const Array&) = delete;
+    Array& operator=(const Array&) = delete;
+    T& operator[](Index k) const { return values_[k]; }
+    T* get() const { return values_; }
+    explicit operator bool() const { return values_ != nullptr; }
+
+  private:
+    T* values_;
+};
+
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+struct Moments {
+    double count = 0, mean = 0, squares = 0;  // squares: sum of squared deviations from the mean
+
+    void merge(double n, double m, double s) {
+        const double total = count + n, delta = m - mean;
+        mean += delta * (n / total);
+        squares += s + delta * delta * (count * n / total);
+        count = total;
+    }
+};
+
+// --- activations: of z, and the derivative times a gradient ----------------------------------------------------------
+
+template <int A>
+inline vf activate(vf z) {
+    if constexpr (A == RELU) return z < 0.0f ? vf{} : z;  // NaN passes
+    if constexpr (A == RELU6) {
+        z = z < 0.0f ? vf{} : z;
+        return z > 6.0f ? splat(6.0f) : z;
+    }
+    if constexpr (A == LEAKY_RELU) return z > 0.0f ? z : z * 0.01f;
+    if constexpr (A == SILU) return z * sigmoid(z);
+    if constexpr (A == GELU) return 0.5f * z * (1.0f + error_function(z * 0.70710678118654752f));
+    if constexpr (A == GELU_TANH) {
+        const vf u = 0.7978845608028654f * (z + 0.044715f * z * z * z);
+        return z * sigmoid(2.0f * u);  // (1 + tanh u) / 2 = sigmoid(2u)
+    }
+    if constexpr (A == HARDSWISH) {
+        vf gate = z + 3.0f;
+        gate = gate < 0.0f ? vf{} : gate;
+        gate = gate > 6.0f ? splat(6.0f) : gate;
+        return z * gate * (1.0f / 6.0f);
+    }
+    return z;
+}
+
+template <int A>
+inline vf derivative(vf z, vf g) {
+    if constexpr (A == RELU) return z <= 0.0f ? vf{} : g;
+    if constexpr (A == RELU6) {
+        g = z <= 0.0f ? vf{} : g;
+        return z >= 6.0f ? vf{} : g;
+    }
+    if constexpr (A == LEAKY_RELU) return z > 0.0f ? g : g * 0.01f;
+    if constexpr (A == SILU) {
+        const vf s = sigmoid(z);
+        return g * s * (1.0f + z * (1.0f - s));
+    }
+    if constexpr (A == GELU) {
+        const vf cdf = 0.5f * (1.0f + error_function(z * 0.70710678118654752f));
+        return g * (cdf + z * 0.3989422804014327f * exponential(-0.5f * z * z));
+    }
+    if constexpr (A == GELU_TANH) {
+        const vf s = sigmoid(1.5957691216057308f * (z + 0.044715f * z * z * z));
+        return g * (s + z * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 0.134145f * z * z));
+    }
+    if constexpr (A == HARDSWISH) {
+        const vf inside = z <= 3.0f ? g * (z * (1.0f / 3.0f) + 0.5f) : g;
+        return z < -3.0f ? vf{} : inside;
+    }
+    return g;
+}
+
+// One statistic, as the elementwise loops need it.
+struct Scale {
+    float mean, rest, rstd;
+};
+
+inline Scale scale_of(double mean, double var, double eps) {
+    const float high = (float)mean;
+    return {high, (float)(mean - high), (float)(1.0 / std::sqrt(var + eps))};
+}
+
+inline Scale given(const Tensors& t, Index k) {
+    const double mean = t.mean ? t.mean[k] + (t.rest ? (double)t.rest[k] : 0.0) : 0.0;
+    return scale_of(mean, t.var[k], t.eps);
+}
+
+inline Scale kept(const Tensors& t, Index k, const Moments& m) {
+    const Scale s = scale_of(m.mean, m.squares / m.count, t.eps);
+    if (t.mean) {
+        t.mean[k] = s.mean;
+        t.rest[k] = s.rest;
+    }
+    t.var[k] = (float)(m.squares / m.count);
+    return s;
+}
+
+// Call body(place, lanes) along a run: whole vectors with lanes = W, then the rest.
+template <class Body>
+ALWAYS inline void along(Index span, Body body) {
+    Index k = 0;
+    for (; k + W <= span; k += W) body(k, W);
+    if (k < span) body(k, (int)(span - k));
+}
+
+template <class T>
+inline vf read(const T* p, int lanes) {
+    return lanes == W ? load(p) : load(p, lanes);
+}
+
+template <class T>
+inline void write(T* p, vf v, int lanes) {
+    if (lanes == W)
+        store(p, v);
+    else
+        store(p, v, lanes);
+}
+
+inline vf masked(vf v, int lanes) { return lanes == W ? v : keep(v, first(lanes)); }
+
+// --- statistics of a row ---------------------------------------------------------------------------------------------
+
+template <class T>
+void block_moments(const T* x, Index runs, Index stride, Index span, bool center, Moments& total) {
+    const double n = (double)(runs * span);
+    double mean = 0;
+    if (center) {
+        vf s[4] = {};
+        for (Index r = 0; r < runs; ++r) {
+            const T* p = x + r * stride;
+            Index k = 0;
+            for (; k + 4 * W <= span; k += 4 * W)
+                for (int u = 0; u < 4; ++u) s[u] += load(p + k + u * W);
+            along(span - k, [&](Index j, int lanes) ALWAYS { s[0] += read(p + k + j, lanes); });
+        }
+        mean = sum((s[0] + s[1]) + (s[2] + s[3])) / n;
+    }
+    const float about = (float)mean;
+    vf s1[4] = {}, s2[4] = {};
+    for (Index r = 0; r < runs; ++r) {
+        const T* p = x + r * stride;
+        Index k = 0;
+        for (; k + 4 * W <= span; k += 4 * W)
+            for (int u = 0; u < 4; ++u) {
+                const vf d = load(p + k + u * W) - about;
+                s1[u] += d;
+                s2[u] += d * d;
+            }
+        along(span - k, [&](Index j, int lanes) ALWAYS {
+            const vf d = masked(read(p + k + j, lanes) - about, lanes);
+            s1[0] += d;
+            s2[0] += d * d;
+        });
+    }
+    const double squares = sum((s2[0] + s2[1]) + (s2[2] + s2[3]));
+    if (!center) {
+        total.squares += squares;
+        total.count += n;
+        return;
+    }
+    const double off = sum((s1[0] + s1[1]) + (s1[2] + s1[3]));
+    total.merge(n, about + off / n, squares - off * off / n);
+}
+
+template <class T>
+Moments row_moments(const T* x, Index runs, Index stride, Index span, bool center) {
+    if (stride == span) {
+        span *= runs;
+        runs = 1;
+    }
+    Moments total;
+    if (span >= BLOCK) {
+        for (Index r = 0; r < runs; ++r)
+            for (Index k = 0; k < span; k += BLOCK)
+                block_moments(x + r * stride + k, 1, 0, span - k < BLOCK ? span - k : BLOCK, center, total);
+    } else {
+        const Index together = BLOCK / span;
+        for (Index r = 0; r < runs; r += together)
+            block_moments(x + r * stride, runs - r < together ? runs - r : together, stride, span, center, total);
+    }
+    return total;
+}
+
+// --- rows ------------------------------------------------------------------------------------------------------------
+
+template <class T, int A, bool R>
+void rows_forward(const Rows& g, const Tensors& t) {
+    const T* const x = (const T*)t.x;
+    const T* const residual = (const T*)t.residual;
+    T* const y = (T*)t.y;
+#pragma omp parallel for num_threads(t.threads) schedule(static)
+    for (Index row = 0; row < g.rows; ++row) {
+        const Index b = row % g.inner, start = (row / g.inner) * g.outer_stride + b * g.inner_stride;
+        const Scale s = t.given ? given(t, b)
+                                : kept(t, row, row_moments(x + start, g.runs, g.run_stride, g.span, t.center));
+        for (Index run = 0; run < g.runs; ++run) {
+            const Index at = start + run * g.run_stride;
+            const T *px = x + at, *pr = R ? residual + at : nullptr;
+            T* py = y + at;
+            if (g.affine == PER_VALUE) {
+                along(g.span, [&](Index k, int lanes) ALWAYS {
+                    vf z = ((read(px + k, lanes) - s.mean) - s.rest) * s.rstd;
+                    if (t.gamma) z *= read(t.gamma + k, lanes);
+                    if (t.beta) z += read(t.beta + k, lanes);
+                    if constexpr (R) z += read(pr + k, lanes);
+                    write(py + k, activate<A>(z), lanes);
+                });
+                continue;
+            }
+            const Index entry = g.affine == PER_ROW ? b : b * g.runs + run;
+            const float gain = t.gamma ? s.rstd * t.gamma[entry] : s.rstd, shift = t.beta ? t.beta[entry] : 0.0f;
+            along(g.span, [&](Index k, int lanes) ALWAYS {
+                vf z = ((read(px + k, lanes) - s.mean) - s.rest) * gain + shift;
+                if constexpr (R) z += read(pr + k, lanes);
+                write(py + k, activate<A>(z), lanes);
+            });
+        }
+    }
+}
+
+// Sums of the gradient before the activation, g, and of that times the centred input, gx.
+struct Pair {
+    double g = 0, gx = 0;
+};
+
+// The gradient before the activation. gain and beta give z from the centred input.
+template <class T, int A, bool R>
+ALWAYS inline vf before_activation(const T* dy, const T* residual, Index k, int lanes, vf centred, vf gain, vf beta) {
+    const vf d = read(dy + k, lanes);
+    if constexpr (A == NONE) return d;
+    vf z = centred * gain + beta;
+    if constexpr (R) z += read(residual + k, lanes);
+    return derivative<A>(z, d);
+}
+
+template <class T, int A, bool R>
+Pair runs_sums(const T* x, const T* dy, const T* residual, Index runs, Index stride, Index span, const Scale& s,
+               float gain, float beta) {
+    Pair total;
+    const vf vg = splat(gain), vb = splat(beta);
+    vf a[2] = {}, b[2] = {};
+    Index pending = 0;
+    for (Index run = 0; run < runs; ++run) {
+        const T *px = x + run * stride, *pd = dy + run * stride, *pr = R ? residual + run * stride : nullptr;
+        for (Index from = 0; from < span; from += BLOCK) {
+            const Index n = span - from < BLOCK ? span - from : BLOCK;
+            const auto body = [&](Index k, int lanes, int u) ALWAYS {
+                const vf centred = (read(px + k, lanes) - s.mean) - s.rest;
+                const vf d = masked(before_activation<T, A, R>(pd, pr, k, lanes, centred, vg, vb), lanes);
+                a[u] += d;
+                b[u] += d * centred;
+            };
+            Index k = from;
+            for (; k + 2 * W <= from + n; k += 2 * W) {
+                body(k, W, 0);
+                body(k + W, W, 1);
+            }
+            if (k + W <= from + n) {
+                body(k, W, 0);
+                k += W;
+            }
+            if (k < from + n) body(k, (int)(from + n - k), 1);
+            pending += n;
+            if (pending >= BLOCK) {
+                total.g += sum(a[0] + a[1]);
+                total.gx += sum(b[0] + b[1]);
+                a[0] = a[1] = b[0] = b[1] = vf{};
+                pending = 0;
+            }
+        }
+    }
+    total.g += sum(a[0] + a[1]);
+    total.gx += sum(b[0] + b[1]);
+    return total;
+}
+
+template <class T, int A, bool R>
+void rows_backward(const Rows& g, const Tensors& t) {
+    const T* const x = (const T*)t.x;
+    const T* const dy = (const T*)t.dy;
+    const T* const residual = (const T*)t.residual;
+    T* const dx = (T*)t.dx;
+    T* const dresidual = (T*)t.dresidual;
+    const Index entries = g.affine == PER_VALUE ? g.span : g.affine == PER_ROW ? g.inner : g.inner * g.runs;
+    const bool each = g.affine == PER_VALUE;
+    // Shares of dgamma and dbeta: of every thread for PER_VALUE, else of every row and run. Summed in a fixed order.
+    const Index shares = each ? t.threads * entries : g.affine == PER_ROW ? g.rows : g.rows * g.runs;
+    Array<double> dgamma(t.dgamma ? shares : 0);
+    Array<double> dbeta(t.dbeta ? shares : 0);
+#pragma omp parallel num_threads(t.threads)
+    {
+        int thread = 0;
+#if defined(_OPENMP)
+        thread = omp_get_thread_num();
+#endif
+        // Sums of a block of rows in float, added to the double ones when the block ends.
+        Array<float> block(each ? 2 * entries : 0);
+        Index pending = 0;
+        const auto flush = [&] {
+            for (Index k = 0; k < entries; ++k) {
+                if (dgamma) dgamma[thread * entries + k] += block[k];
+                if (dbeta) dbeta[thread * entries + k] += block[entries + k];
+                block[k] = block[entries + k] = 0;
+            }
+            pending = 0;
+        };
+#pragma omp for schedule(static)
+        for (Index row = 0; row < g.rows; ++row) {
+            const Index b = row % g.inner, start = (row / g.inner) * g.outer_stride + b * g.inner_stride;
+            const Scale s = given(t, t.given ? b : row);
+            double sg = 0, sgx = 0;
+            if (!each) {
+                // One gamma for the whole row: its runs are summed together. Else run by run.
+                const Index together = g.affine == PER_ROW ? g.runs : 1;
+                for (Index run = 0; run < g.runs; run += together) {
+                    const Index at = start + run * g.run_stride, entry = g.affine == PER_ROW ? b : b * g.runs + run;
+                    const float gamma = t.gamma ? t.gamma[entry] : 1.0f, beta = t.beta ? t.beta[entry] : 0.0f;
+                    const Pair p = runs_sums<T, A, R>(x + at, dy + at, residual + (R ? at : 0), together, g.run_stride,
+                                                      g.span, s, gamma * s.rstd, beta);
+                    sg += gamma * p.g;
+                    sgx += gamma * p.gx;
+                    const Index share = g.affine == PER_ROW ? row : row * g.runs + run;
+                    if (dgamma) dgamma[share] = p.gx * s.rstd;
+                    if (dbeta) dbeta[share] = p.g;
+                }
+            } else {
+                vf a = {}, c = {};
+                const T *px = x + start, *pd = dy + start, *pr = residual + (R ? start : 0);
+                along(g.span, [&](Index k, int lanes) ALWAYS {
+                    const vf centred = (read(px + k, lanes) - s.mean) - s.rest;
+                    const vf gamma = t.gamma ? read(t.gamma + k, lanes) : splat(1.0f);
+                    const vf beta = t.beta ? read(t.beta + k, lanes) : vf{};
+                    const vf d =
+                        masked(before_activation<T, A, R>(pd, pr, k, lanes, centred, gamma * s.rstd, beta), lanes);
+                    if (dgamma) write(&block[k], read(&block[k], lanes) + d * (centred * s.rstd), lanes);
+                    if (dbeta) write(&block[entries + k], read(&block[entries + k], lanes) + d, lanes);
+                    a += d * gamma;
+                    c += d * gamma * centred;
+                });
+                sg = sum(a);
+                sgx = sum(c);
+                if ((dgamma || dbeta) && ++pending == 64) flush();
+            }
+            if (!dx && !dresidual) continue;
+            const double n = (double)(g.runs * g.span), rstd = s.rstd;
+            const float c1 = t.given || !t.center ? 0.0f : (float)(sg / n * rstd);
+            const float c2 = t.given ? 0.0f : (float)(sgx / n * rstd * rstd * rstd);
+            for (Index run = 0; run < g.runs; ++run) {
+                const Index at = start + run * g.run_stride;
+                const T *px = x + at, *pd = dy + at, *pr = residual + (R ? at : 0);
+                const Index entry = g.affine == PER_ROW ? b : b * g.runs + run;
+                const vf one_gain = splat(!each && t.gamma ? t.gamma[entry] * s.rstd : s.rstd);
+                const vf one_beta = splat(!each && t.beta ? t.beta[entry] : 0.0f);
+                const auto body = [&](Index k, int lanes, vf gain, vf beta) ALWAYS {
+                    const vf centred = (read(px + k, lanes) - s.mean) - s.rest;
+                    const vf d = before_activation<T, A, R>(pd, pr, k, lanes, centred, gain, beta);
+                    if (dx) write(dx + at + k, (d * gain - c1) - centred * c2, lanes);
+                    if (R && dresidual) write(dresidual + at + k, d, lanes);
+                };
+                if (each)
+                    along(g.span, [&](Index k, int lanes) ALWAYS {
+                        body(k, lanes, t.gamma ? read(t.gamma + k, lanes) * s.rstd : one_gain,
+                             t.beta ? read(t.beta + k, lanes) : one_beta);
+                    });
+                else
+                    along(g.span, [&](Index k, int lanes) ALWAYS { body(k, lanes, one_gain, one_beta); });
+            }
+        }
+        if (each && (dgamma || dbeta)) flush();
+    }
+    const Index times = entries ? shares / entries : 0;
+    for (Index k = 0; k < entries; ++k) {
+        double a = 0, b = 0;
+        for (Index share = 0; share < times; ++share) {
+            if (dgamma) a += dgamma[share * entries + k];
+            if (dbeta) b += dbeta[share * entries + k];
+        }
+        if (dgamma) t.dgamma[k] = (float)a;
+        if (dbeta) t.dbeta[k] = (float)b;
+    }
+}
+
+// --- columns ---------------------------------------------------------------------------------------------------------
+
+// Call body(first channel, lanes of the last vector, constant N) for tiles of N vectors: whole lines of the cache.
+template <class Body>
+ALWAYS inline void tiles(Index channels, Body body) {
+    Index c = 0;
+    for (; c + 4 * W <= channels; c += 4 * W) body(c, W, Number<4>());
+    for (; c + W <= channels; c += W) body(c, W, Number<1>());
+    if (c < channels) body(c, (int)(channels - c), Number<1>());
+}
+
+// Moments of all columns of rows [from, to), merged into those that are there.
+template <class T>
+void column_moments(const T* x, Index from, Index to, Index channels, bool center, Moments* total) {
+    const Index rows = COLUMN_BLOCK / channels > 8 ? COLUMN_BLOCK / channels : 8;
+    for (Index m = from; m < to; m += rows) {
+        const Index end = to - m < rows ? to : m + rows;
+        const double n = (double)(end - m);
+        tiles(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
+            constexpr int N = decltype(vectors)::value;
+            const T* p = x + c;
+            vf about[N] = {};
+            if (center) {
+                for (Index r = m; r < end; ++r)
+                    for (int u = 0; u < N; ++u) about[u] += read(p + r * channels + u * W, lanes);
+                for (int u = 0; u < N; ++u) about[u] /= (float)n;
+            }
+            vf off[N] = {}, squares[N] = {};
+            for (Index r = m; r < end; ++r)
+                for (int u = 0; u < N; ++u) {
+                    const vf d = read(p + r * channels + u * W, lanes) - about[u];
+                    off[u] += d;
+                    squares[u] += d * d;
+                }
+            for (int u = 0; u < N; ++u)
+                for (int k = 0; k < lanes; ++k) {
+                    Moments& own = total[c + u * W + k];
+                    if (center) {
+                        const double rest = off[u][k];
+                        own.merge(n, about[u][k] + rest / n, squares[u][k] - rest * rest / n);
+                    } else {
+                        own.squares += squares[u][k];
+                        own.count += n;
+                    }
+                }
+        });
+    }
+}
+
+// The statistics of a matrix as arrays over its columns: mean, rest, rstd.
+struct Spread {
+    Array<float> values;
+    float *mean, *rest, *rstd;
+
+    explicit Spread(Index channels)
+        : values(3 * channels), mean(values.get()), rest(mean + channels), rstd(rest + channels) {}
+
+    void set(Index c, const Scale& s) {
+        mean[c] = s.mean;
+        rest[c] = s.rest;
+        rstd[c] = s.rstd;
+    }
+};
+
+inline Moments merged(const Moments* columns, Index count) {
+    Moments total;
+    for (Index k = 0; k < count; ++k) {
+        if (columns[k].count > 0) total.merge(columns[k].count, columns[k].mean, columns[k].squares);
+    }
+    return total;
+}
+
+inline void spread(const Columns& g, const Tensors& t, Index block, const Moments* columns, Spread& s) {
+    const Index groups = g.channels / g.group;
+    for (Index k = 0; k < groups; ++k) {
+        const Index place = block * groups + k;
+        const Scale one = columns ? kept(t, place, merged(columns + k * g.group, g.group))
+                                  : given(t, t.given ? k : place);
+        for (Index c = 0; c < g.group; ++c) s.set(k * g.group + c, one);
+    }
+}
+
+template <class T, int A, bool R>
+void apply_columns(const Columns& g, const Tensors& t, Index from, Index to, const Spread& s) {
+    const T* const x = (const T*)t.x;
+    const T* const residual = (const T*)t.residual;
+    T* const y = (T*)t.y;
+    // Backwards: what was read last for the statistics is still in a cache.
+    for (Index row = to; row-- > from;) {
+        const Index at = row * g.channels;
+        along(g.channels, [&](Index c, int lanes) ALWAYS {
+            vf z = ((read(x + at + c, lanes) - read(s.mean + c, lanes)) - read(s.rest + c, lanes));
+            vf gain = read(s.rstd + c, lanes);
+            if (t.gamma) gain *= read(t.gamma + c, lanes);
+            z *= gain;
+            if (t.beta) z += read(t.beta + c, lanes);
+            if constexpr (R) z += read(residual + at + c, lanes);
+            write(y + at + c, activate<A>(z), lanes);
+        });
+    }
+}
+
+inline Index bound(Index length, int part, int parts) { return length * part / parts; }
+
+template <class T, int A, bool R>
+void columns_forward(const Columns& g, const Tensors& t) {
+    const T* const x = (const T*)t.x;
+    if (g.blocks >= t.threads) {
+#pragma omp parallel num_threads(t.threads)
+        {
+            Spread s(g.channels);
+            Array<Moments> own(t.given ? 0 : g.channels);
+#pragma omp for schedule(static)
+            for (Index block = 0; block < g.blocks; ++block) {
+                if (own) {
+                    for (Index c = 0; c < g.channels; ++c) own[c] = Moments();
+                    column_moments(x, block * g.length, (block + 1) * g.length, g.channels, t.center, own.get());
+                }
+                spread(g, t, block, own.get(), s);
+                apply_columns<T, A, R>(g, t, block * g.length, (block + 1) * g.length, s);
+            }
+        }
+        return;
+    }
+    Spread s(g.channels);
+    Array<Moments> parts(t.given ? 0 : t.threads * g.channels);
+    for (Index block = 0; block < g.blocks; ++block) {
+        const Index start = block * g.length;
+        if (parts) {
+#pragma omp parallel for num_threads(t.threads) schedule(static)
+            for (int part = 0; part < t.threads; ++part) {
+                Moments* own = parts.get() + part * g.channels;
+                for (Index c = 0; c < g.channels; ++c) own[c] = Moments();
+                column_moments(x, start + bound(g.length, part, t.threads), start + bound(g.length, part + 1, t.threads),
+                               g.channels, t.center, own);
+            }
+            for (Index c = 0; c < g.channels; ++c)
+                for (int part = 1; part < t.threads; ++part) {
+                    const Moments& other = parts[part * g.channels + c];
+                    if (other.count > 0) parts[c].merge(other.count, other.mean, other.squares);
+                }
+        }
+        spread(g, t, block, parts.get(), s);
+#pragma omp parallel for num_threads(t.threads) schedule(static)
+        for (int part = 0; part < t.threads; ++part)
+            apply_columns<T, A, R>(g, t, start + bound(g.length, part, t.threads),
+                                   start + bound(g.length, part + 1, t.threads), s);
+    }
+}
+
+// Sums over rows [from, to) of every column: of the gradient before the activation, and of that times the centred input.
+template <class T, int A, bool R>
+void column_sums(const Columns& g, const Tensors& t, Index from, Index to, const Spread& s, double* sums) {
+    const T* const x = (const T*)t.x;
+    const T* const dy = (const T*)t.dy;
+    const T* const residual = (const T*)t.residual;
+    const Index rows = COLUMN_BLOCK / g.channels > 8 ? COLUMN_BLOCK / g.channels : 8;
+    for (Index m = from; m < to; m += rows) {
+        const Index end = to - m < rows ? to : m + rows;
+        tiles(g.channels, [&](Index c, int lanes, auto vectors) ALWAYS {
+            constexpr int N = decltype(vectors)::value;
+            vf mean[N], rest[N], gain[N], beta[N], a[N] = {}, b[N] = {};
+            for (int u = 0; u < N; ++u) {
+                const Index k = c + u * W;
+                mean[u] = read(s.mean + k, lanes);
+                rest[u] = read(s.rest + k, lanes);
+                gain[u] = read(s.rstd + k, lanes);
+                if (t.gamma) gain[u] *= read(t.gamma + k, lanes);
+                beta[u] = t.beta ? read(t.beta + k, lanes) : vf{};
+            }
+            for (Index r = m; r < end; ++r)
+                for (int u = 0; u < N; ++u) {
+                    const Index at = r * g.channels + c + u * W;
+                    const vf centred = (read(x + at, lanes) - mean[u]) - rest[u];
+                    const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, centred, gain[u],
+                                                            beta[u]);
+                    a[u] += d;
+                    b[u] += d * centred;
+                }
+            for (int u = 0; u < N; ++u)
+                for (int k = 0; k < lanes; ++k) {
+                    sums[c + u * W + k] += a[u][k];
+                    sums[g.channels + c + u * W + k] += b[u][k];
+                }
+        });
+    }
+}
+
+template <class T, int A, bool R>
+void column_gradients(const Columns& g, const Tensors& t, Index from, Index to, const Spread& s, const float* c1,
+                      const float* c2) {
+    const T* const x = (const T*)t.x;
+    const T* const dy = (const T*)t.dy;
+    const T* const residual = (const T*)t.residual;
+    T* const dx = (T*)t.dx;
+    T* const dresidual = (T*)t.dresidual;
+    for (Index row = to; row-- > from;) {
+        const Index start = row * g.channels;
+        along(g.channels, [&](Index c, int lanes) ALWAYS {
+            const Index at = start + c;
+            const vf centred = (read(x + at, lanes) - read(s.mean + c, lanes)) - read(s.rest + c, lanes);
+            vf gain = read(s.rstd + c, lanes);
+            if (t.gamma) gain *= read(t.gamma + c, lanes);
+            const vf beta = t.beta ? read(t.beta + c, lanes) : vf{};
+            const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, centred, gain, beta);
+            if (dx) write(dx + at, (d * gain - read(c1 + c, lanes)) - centred * read(c2 + c, lanes), lanes);
+            if (R && dresidual) write(dresidual + at, d, lanes);
+        });
+    }
+}
+
+// What is subtracted in a block: of every column, from the sums over the columns of its group.
+inline void corrections(const Columns& g, const Tensors& t, double* sums, const Spread& s, float* c1, float* c2) {
+    const double n = (double)(g.length * g.group);
+    for (Index k = 0; k < g.channels; k += g.group) {
+        double sg = 0, sgx = 0;
+        for (Index c = k; c < k + g.group; ++c) {
+            const double gamma = t.gamma ? t.gamma[c] : 1.0;
+            sg += gamma * sums[c];
+            sgx += gamma * sums[g.channels + c];
+        }
+        for (Index c = k; c < k + g.group; ++c) {
+            const double rstd = s.rstd[c];
+            c1[c] = t.given || !t.center ? 0.0f : (float)(sg / n * rstd);
+            c2[c] = t.given ? 0.0f : (float)(sgx / n * rstd * rstd * rstd);
+            sums[g.channels + c] *= rstd;  // of the normalized input now, as dgamma is
+        }
+    }
+}
+
+template <class T, int A, bool R>
+void columns_backward(const Columns& g, const Tensors& t) {
+    const Index channels = g.channels, width = 2 * channels;
+    const bool outside = g.blocks >= t.threads;
+    // Per thread: sums of the current block, and sums of all its blocks.
+    Array<double> current(t.threads * width), all(t.threads * width);
+    if (outside) {
+#pragma omp parallel num_threads(t.threads)
+        {
+            int thread = 0;
+#if defined(_OPENMP)
+            thread = omp_get_thread_num();
+#endif
+            Spread s(channels);
+            Array<float> c(width);
+            double *own = current.get() + thread * width, *total = all.get() + thread * width;
+#pragma omp for schedule(static)
+            for (Index block = 0; block < g.blocks; ++block) {
+                for (Index k = 0; k < width; ++k) own[k] = 0;
+                spread(g, t, block, nullptr, s);
+                const Index start = block * g.length;
+                column_sums<T, A, R>(g, t, start, start + g.length, s, own);
+                corrections(g, t, own, s, c.get(), c.get() + channels);
+                for (Index k = 0; k < width; ++k) total[k] += own[k];
+                column_gradients<T, A, R>(g, t, start, start + g.length, s, c.get(), c.get() + channels);
+            }
+        }
+    } else {
+        Spread s(channels);
+        Array<float> c(width);
+        for (Index block = 0; block < g.blocks; ++block) {
+            const Index start = block * g.length;
+            spread(g, t, block, nullptr, s);
+#pragma omp parallel for num_threads(t.threads) schedule(static)
+            for (int part = 0; part < t.threads; ++part) {
+                double* own = current.get() + part * width;
+                for (Index k = 0; k < width; ++k) own[k] = 0;
+                column_sums<T, A, R>(g, t, start + bound(g.length, part, t.threads),
+                                     start + bound(g.length, part + 1, t.threads), s, own);
+            }
+            for (int part = 1; part < t.threads; ++part)
+                for (Index k = 0; k < width; ++k) current[k] += current[part * width + k];
+            corrections(g, t, current.get(), s, c.get(), c.get() + channels);
+            for (Index k = 0; k < width; ++k) all[k] += current[k];
+#pragma omp parallel for num_threads(t.threads) schedule(static)
+            for (int part = 0; part < t.threads; ++part)
+                column_gradients<T, A, R>(g, t, start + bound(g.length, part, t.threads),
+                                          start + bound(g.length, part + 1, t.threads), s, c.get(), c.get() + channels);
+        }
+    }
+    for (Index c = 0; c < channels; ++c) {
+        double a = 0, b = 0;
+        for (int thread = 0; thread < (outside ? t.threads : 1); ++thread) {
+            a += all[thread * width + channels + c];
+            b += all[thread * width + c];
+        }
+        if (t.dgamma) t.dgamma[c] = (float)a;
+        if (t.dbeta) t.dbeta[c] = (float)b;
+    }
+}
+
+// --- dispatch --------------------------------------------------------------------------------------------------------
+
+#define NORMKIT_CASES(FUNCTION)                                                              \
+    template <class T, int A>                                                                \
+    void FUNCTION##_2(const G_##FUNCTION& g, const Tensors& t) {                             \
+        t.residual ? FUNCTION<T, A, true>(g, t) : FUNCTION<T, A, false>(g, t);               \
+    }                                                                                        \
+    template <class T>                                                                       \
+    void FUNCTION##_1(const G_##FUNCTION& g, const Tensors& t) {                             \
+        switch (t.activation) {                                                              \
+            case RELU: return FUNCTION##_2<T, RELU>(g, t);                                   \
+            case RELU6: return FUNCTION##_2<T, RELU6>(g, t);                                 \
+            case LEAKY_RELU: return FUNCTION##_2<T, LEAKY_RELU>(g, t);                       \
+            case SILU: return FUNCTION##_2<T, SILU>(g, t);                                   \
+            case GELU: return FUNCTION##_2<T, GELU>(g, t);                                   \
+            case GELU_TANH: return FUNCTION##_2<T, GELU_TANH>(g, t);                         \
+            case HARDSWISH: return FUNCTION##_2<T, HARDSWISH>(g, t);                         \
+            default: return FUNCTION##_2<T, NONE>(g, t);                                     \
+        }                                                                                    \
+    }                                                                                        \
+    void FUNCTION##_0(const G_##FUNCTION& g, const Tensors& t) {                             \
+        t.type == BFLOAT16 ? FUNCTION##_1<bf16>(g, t) : FUNCTION##_1<float>(g, t);           \
+    }
+
+using G_rows_forward = Rows;
+using G_rows_backward = Rows;
+using G_columns_forward = Columns;
+using G_columns_backward = Columns;
+NORMKIT_CASES(rows_forward)
+NORMKIT_CASES(rows_backward)
+NORMKIT_CASES(columns_forward)
+NORMKIT_CASES(columns_backward)
+
+}  // namespace
+
+namespace normkit {
+
+#define NORMKIT_TEXT_(x) #x
+#define NORMKIT_TEXT(x) NORMKIT_TEXT_(x)
+extern const Table NORMKIT_TABLE = {NORMKIT_TEXT(NORMKIT_NAME), W,         rows_forward_0, rows_backward_0,
+                                    columns_forward_0,          columns_backward_0};
+
+}  // namespace normkit
