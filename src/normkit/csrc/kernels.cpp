@@ -157,6 +157,23 @@ inline void write(T* p, vf v, int lanes) {
         store(p, v, lanes);
 }
 
+// Outputs of at least this many bytes do not stay in a cache anyway.
+constexpr Index STREAMED = 16 << 20;
+
+// The same, past the caches where `past`.
+template <class T>
+ALWAYS inline void write(T* p, vf v, int lanes, bool past) {
+    if (past && lanes == W)
+        stream(p, v);
+    else
+        write(p, v, lanes);
+}
+
+template <class T>
+inline bool past_caches(const T* p, Index values) {
+    return values * (Index)sizeof(T) >= STREAMED && (std::uintptr_t)p % (W * sizeof(T)) == 0;
+}
+
 inline vf masked(vf v, int lanes) { return lanes == W ? v : keep(v, first(lanes)); }
 
 // --- statistics of a row ---------------------------------------------------------------------------------------------
@@ -222,6 +239,110 @@ Moments row_moments(const T* x, Index runs, Index stride, Index span, bool cente
     return total;
 }
 
+// --- bundles: rows of many short runs ---------------------------------------------------------------------------------
+//
+// Runs of 49 values, a channel of a small map, lie far apart: one by one, each costs a page. Neighbouring rows of a bundle
+// are taken together, so that memory is read in longer pieces. Only where a row has one gamma.
+
+constexpr Index SHORT = 1024;      // values of a run, below which rows are bundled
+constexpr Index BUNDLE = 32;       // rows of a bundle, at most
+constexpr Index CACHED = 98304;    // values that a bundle may hold, to be still in the second cache when read again
+
+inline Index bundle_size(const Rows& g, Index tensors) {
+    const Index fitting = CACHED / (tensors * g.runs * g.span);
+    return fitting < 1 ? 1 : fitting > BUNDLE ? BUNDLE : fitting;
+}
+
+// The place of a bundle: rows [row, row + size) with entries [b, b + size), the first starting at `start`.
+struct Bundle {
+    Index row, b, size, start;
+
+    Bundle(const Rows& g, Index number, Index most) {
+        const Index each = (g.inner + most - 1) / most;
+        b = (number % each) * most;
+        row = (number / each) * g.inner + b;
+        size = g.inner - b < most ? g.inner - b : most;
+        start = (number / each) * g.outer_stride + b * g.inner_stride;
+    }
+    static Index count(const Rows& g, Index most) { return g.rows / g.inner * ((g.inner + most - 1) / most); }
+};
+
+// Add up body(row of the bundle, place) over all runs: vectors within a block, in double across blocks.
+template <int N, class Body>
+ALWAYS inline void bundle_sums(const Rows& g, const Bundle& bundle, double (*total)[N], Body body) {
+    const Index together = BLOCK / g.span;
+    for (Index from = 0; from < g.runs; from += together) {
+        const Index to = g.runs - from < together ? g.runs : from + together;
+        vf part[BUNDLE][N];
+        for (Index i = 0; i < bundle.size; ++i)
+            for (int u = 0; u < N; ++u) part[i][u] = vf{};
+        for (Index run = from; run < to; ++run)
+            for (Index i = 0; i < bundle.size; ++i)
+                body(i, bundle.start + i * g.inner_stride + run * g.run_stride, part[i]);
+        for (Index i = 0; i < bundle.size; ++i)
+            for (int u = 0; u < N; ++u) total[i][u] += sum(part[i][u]);
+    }
+}
+
+template <class T>
+void bundle_scales(const Rows& g, const Tensors& t, const Bundle& bundle, Scale* scales) {
+    const T* const x = (const T*)t.x;
+    const double n = (double)(g.runs * g.span);
+    double sums[BUNDLE][1] = {}, about[BUNDLE][2] = {};
+    float mean[BUNDLE] = {};
+    if (t.center) {
+        bundle_sums<1>(g, bundle, sums, [&](Index, Index at, vf* part) ALWAYS {
+            vf s = {};
+            along(g.span, [&](Index k, int lanes) ALWAYS { s += read(x + at + k, lanes); });
+            part[0] += s;
+        });
+        for (Index i = 0; i < bundle.size; ++i) mean[i] = (float)(sums[i][0] / n);
+    }
+    bundle_sums<2>(g, bundle, about, [&](Index i, Index at, vf* part) ALWAYS {
+        const vf m = splat(mean[i]);
+        vf s1 = {}, s2 = {};
+        along(g.span, [&](Index k, int lanes) ALWAYS {
+            const vf d = masked(read(x + at + k, lanes) - m, lanes);
+            s1 += d;
+            s2 += d * d;
+        });
+        part[0] += s1;
+        part[1] += s2;
+    });
+    for (Index i = 0; i < bundle.size; ++i) {
+        Moments m;
+        m.count = n;
+        m.mean = t.center ? mean[i] + about[i][0] / n : 0.0;
+        m.squares = about[i][1] - (t.center ? about[i][0] * about[i][0] / n : 0.0);
+        scales[i] = kept(t, bundle.row + i, m);
+    }
+}
+
+template <class T, int A, bool R>
+void bundles_forward(const Rows& g, const Tensors& t) {
+    const T* const x = (const T*)t.x;
+    const T* const residual = (const T*)t.residual;
+    T* const y = (T*)t.y;
+    const Index most = bundle_size(g, 1), count = Bundle::count(g, most);
+#pragma omp parallel for num_threads(t.threads) schedule(static)
+    for (Index number = 0; number < count; ++number) {
+        const Bundle bundle(g, number, most);
+        Scale scales[BUNDLE];
+        bundle_scales<T>(g, t, bundle, scales);
+        for (Index run = 0; run < g.runs; ++run)
+            for (Index i = 0; i < bundle.size; ++i) {
+                const Index at = bundle.start + i * g.inner_stride + run * g.run_stride, entry = bundle.b + i;
+                const Scale s = scales[i];
+                const float gain = t.gamma ? s.rstd * t.gamma[entry] : s.rstd, shift = t.beta ? t.beta[entry] : 0.0f;
+                along(g.span, [&](Index k, int lanes) ALWAYS {
+                    vf z = ((read(x + at + k, lanes) - s.mean) - s.rest) * gain + shift;
+                    if constexpr (R) z += read(residual + at + k, lanes);
+                    write(y + at + k, activate<A>(z), lanes);
+                });
+            }
+    }
+}
+
 // --- rows ------------------------------------------------------------------------------------------------------------
 
 template <class T, int A, bool R>
@@ -229,22 +350,26 @@ void rows_forward(const Rows& g, const Tensors& t) {
     const T* const x = (const T*)t.x;
     const T* const residual = (const T*)t.residual;
     T* const y = (T*)t.y;
+    if (g.affine == PER_ROW && g.span < SHORT && !t.given) return bundles_forward<T, A, R>(g, t);
+    const Index values = g.rows * g.runs * g.span;
 #pragma omp parallel for num_threads(t.threads) schedule(static)
     for (Index row = 0; row < g.rows; ++row) {
         const Index b = row % g.inner, start = (row / g.inner) * g.outer_stride + b * g.inner_stride;
         const Scale s = t.given ? given(t, b)
                                 : kept(t, row, row_moments(x + start, g.runs, g.run_stride, g.span, t.center));
-        for (Index run = 0; run < g.runs; ++run) {
+        // Backwards: what was read last for the statistics is still in a cache.
+        for (Index run = g.runs; run-- > 0;) {
             const Index at = start + run * g.run_stride;
             const T *px = x + at, *pr = R ? residual + at : nullptr;
             T* py = y + at;
+            const bool past = past_caches(py, values);
             if (g.affine == PER_VALUE) {
                 along(g.span, [&](Index k, int lanes) ALWAYS {
                     vf z = ((read(px + k, lanes) - s.mean) - s.rest) * s.rstd;
                     if (t.gamma) z *= read(t.gamma + k, lanes);
                     if (t.beta) z += read(t.beta + k, lanes);
                     if constexpr (R) z += read(pr + k, lanes);
-                    write(py + k, activate<A>(z), lanes);
+                    write(py + k, activate<A>(z), lanes, past);
                 });
                 continue;
             }
@@ -253,7 +378,7 @@ void rows_forward(const Rows& g, const Tensors& t) {
             along(g.span, [&](Index k, int lanes) ALWAYS {
                 vf z = ((read(px + k, lanes) - s.mean) - s.rest) * gain + shift;
                 if constexpr (R) z += read(pr + k, lanes);
-                write(py + k, activate<A>(z), lanes);
+                write(py + k, activate<A>(z), lanes, past);
             });
         }
     }
@@ -316,6 +441,66 @@ Pair runs_sums(const T* x, const T* dy, const T* residual, Index runs, Index str
 }
 
 template <class T, int A, bool R>
+void bundles_backward(const Rows& g, const Tensors& t, double* dgamma, double* dbeta) {
+    const T* const x = (const T*)t.x;
+    const T* const dy = (const T*)t.dy;
+    const T* const residual = (const T*)t.residual;
+    T* const dx = (T*)t.dx;
+    T* const dresidual = (T*)t.dresidual;
+    const Index most = bundle_size(g, 2), count = Bundle::count(g, most);
+    const double n = (double)(g.runs * g.span);
+#pragma omp parallel for num_threads(t.threads) schedule(static)
+    for (Index number = 0; number < count; ++number) {
+        const Bundle bundle(g, number, most);
+        Scale scales[BUNDLE];
+        float gains[BUNDLE], betas[BUNDLE], c1[BUNDLE], c2[BUNDLE];
+        double sums[BUNDLE][2] = {};
+        for (Index i = 0; i < bundle.size; ++i) {
+            const Index entry = bundle.b + i;
+            scales[i] = given(t, t.given ? entry : bundle.row + i);
+            gains[i] = t.gamma ? scales[i].rstd * t.gamma[entry] : scales[i].rstd;
+            betas[i] = t.beta ? t.beta[entry] : 0.0f;
+        }
+        bundle_sums<2>(g, bundle, sums, [&](Index i, Index at, vf* part) ALWAYS {
+            const vf mean = splat(scales[i].mean), rest = splat(scales[i].rest), gain = splat(gains[i]);
+            const vf beta = splat(betas[i]);
+            vf a = {}, b = {};
+            along(g.span, [&](Index k, int lanes) ALWAYS {
+                const vf centred = (read(x + at + k, lanes) - mean) - rest;
+                const vf d = masked(
+                    before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, centred, gain, beta), lanes);
+                a += d;
+                b += d * centred;
+            });
+            part[0] += a;
+            part[1] += b;
+        });
+        for (Index i = 0; i < bundle.size; ++i) {
+            const double rstd = scales[i].rstd, gamma = t.gamma ? t.gamma[bundle.b + i] : 1.0;
+            if (dgamma) dgamma[bundle.row + i] = sums[i][1] * rstd;
+            if (dbeta) dbeta[bundle.row + i] = sums[i][0];
+            c1[i] = t.given || !t.center ? 0.0f : (float)(gamma * sums[i][0] / n * rstd);
+            c2[i] = t.given ? 0.0f : (float)(gamma * sums[i][1] / n * rstd * rstd * rstd);
+        }
+        if (!dx && !dresidual) continue;
+        for (Index run = 0; run < g.runs; ++run)
+            for (Index i = 0; i < bundle.size; ++i) {
+                const Index at = bundle.start + i * g.inner_stride + run * g.run_stride;
+                const Scale s = scales[i];
+                const vf gain = splat(gains[i]), beta = splat(betas[i]);
+                const float one = c1[i], two = c2[i];
+                along(g.span, [&](Index k, int lanes) ALWAYS {
+                    const vf centred = (read(x + at + k, lanes) - s.mean) - s.rest;
+                    const vf d =
+                        before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, centred, gain, beta);
+                    if (dx) write(dx + at + k, (d * gain - one) - centred * two, lanes);
+                    if (R && dresidual) write(dresidual + at + k, d, lanes);
+                });
+            }
+    }
+}
+
+template <class T, int A, bool R>
 void rows_backward(const Rows& g, const Tensors& t) {
     const T* const x = (const T*)t.x;
     const T* const dy = (const T*)t.dy;
@@ -328,7 +513,9 @@ void rows_backward(const Rows& g, const Tensors& t) {
     const Index shares = each ? t.threads * entries : g.affine == PER_ROW ? g.rows : g.rows * g.runs;
     Array<double> dgamma(t.dgamma ? shares : 0);
     Array<double> dbeta(t.dbeta ? shares : 0);
-#pragma omp parallel num_threads(t.threads)
+    const bool bundled = g.affine == PER_ROW && g.span < SHORT;
+    if (bundled) bundles_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
+#pragma omp parallel num_threads(t.threads) if (!bundled)
     {
         int thread = 0;
 #if defined(_OPENMP)
@@ -346,7 +533,7 @@ void rows_backward(const Rows& g, const Tensors& t) {
             pending = 0;
         };
 #pragma omp for schedule(static)
-        for (Index row = 0; row < g.rows; ++row) {
+        for (Index row = 0; row < (bundled ? 0 : g.rows); ++row) {
             const Index b = row % g.inner, start = (row / g.inner) * g.outer_stride + b * g.inner_stride;
             const Scale s = given(t, t.given ? b : row);
             double sg = 0, sgx = 0;
@@ -386,16 +573,17 @@ void rows_backward(const Rows& g, const Tensors& t) {
             const double n = (double)(g.runs * g.span), rstd = s.rstd;
             const float c1 = t.given || !t.center ? 0.0f : (float)(sg / n * rstd);
             const float c2 = t.given ? 0.0f : (float)(sgx / n * rstd * rstd * rstd);
-            for (Index run = 0; run < g.runs; ++run) {
+            for (Index run = g.runs; run-- > 0;) {
                 const Index at = start + run * g.run_stride;
                 const T *px = x + at, *pd = dy + at, *pr = residual + (R ? at : 0);
+                const bool past = past_caches(dx + at, g.rows * g.runs * g.span);
                 const Index entry = g.affine == PER_ROW ? b : b * g.runs + run;
                 const vf one_gain = splat(!each && t.gamma ? t.gamma[entry] * s.rstd : s.rstd);
                 const vf one_beta = splat(!each && t.beta ? t.beta[entry] : 0.0f);
                 const auto body = [&](Index k, int lanes, vf gain, vf beta) ALWAYS {
                     const vf centred = (read(px + k, lanes) - s.mean) - s.rest;
                     const vf d = before_activation<T, A, R>(pd, pr, k, lanes, centred, gain, beta);
-                    if (dx) write(dx + at + k, (d * gain - c1) - centred * c2, lanes);
+                    if (dx) write(dx + at + k, (d * gain - c1) - centred * c2, lanes, past);
                     if (R && dresidual) write(dresidual + at + k, d, lanes);
                 };
                 if (each)

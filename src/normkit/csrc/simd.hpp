@@ -80,6 +80,23 @@ __attribute__((always_inline)) inline void store(float* p, vf v, int n) {
 #endif
 }
 
+// Past the caches: for outputs that are larger than these, and are not read soon. p is aligned to the vector.
+__attribute__((always_inline)) inline void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)v);
+#else
+    store(p, v);
+#endif
+}
+
+__attribute__((always_inline)) inline void streamed() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 // --- bfloat16: the upper half of a float -----------------------------------------------------------------------------
 
 __attribute__((always_inline)) inline vf load(const bf16* p) {
@@ -117,6 +134,8 @@ __attribute__((always_inline)) inline void store(bf16* p, vf v) {
     for (int k = 0; k < W; ++k) p[k].bits = (std::uint16_t)rounded[k];
 #endif
 }
+
+__attribute__((always_inline)) inline void stream(bf16* p, vf v) { store(p, v); }
 
 __attribute__((always_inline)) inline void store(bf16* p, vf v, int n) {
     bf16 whole[W];
