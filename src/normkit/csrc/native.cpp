@@ -47,18 +47,16 @@ P* at(std::uintptr_t address) {
 
 using Address = std::uintptr_t;
 
-Tensors tensors(Address x, Address residual, Address gamma, Address beta, Address statistics, Index count, double eps,
-                bool center, bool given, int type, int activation, int threads) {
+Tensors tensors(Address x, Address residual, Address gamma, Address beta, Address var, Address mean, Address rest,
+                double eps, bool center, bool given, int type, int activation, int threads) {
     Tensors t{};
     t.x = at<const void>(x);
     t.residual = at<const void>(residual);
     t.gamma = at<const float>(gamma);
     t.beta = at<const float>(beta);
-    t.var = at<float>(statistics);
-    if (center) {
-        t.mean = t.var + count;
-        t.rest = t.mean + count;
-    }
+    t.mean = at<float>(mean);
+    t.rest = at<float>(rest);
+    t.var = at<float>(var);
     t.eps = eps;
     t.center = center;
     t.given = given;
@@ -70,30 +68,37 @@ Tensors tensors(Address x, Address residual, Address gamma, Address beta, Addres
 
 const Table& table(int place) { return *tables().at((size_t)place); }
 
-void forward(int set, bool columns, const std::vector<Index>& g, Address x, Address residual, Address gamma, Address beta,
-             Address y, Address statistics, Index count, double eps, bool center, bool given, int type, int activation,
-             int threads) {
-    Tensors t = tensors(x, residual, gamma, beta, statistics, count, eps, center, given, type, activation, threads);
-    t.y = at<void>(y);
-    if (columns)
-        table(set).columns_forward({g.at(0), g.at(1), g.at(2), g.at(3)}, t);
-    else
-        table(set).rows_forward({g.at(0), g.at(1), g.at(2), g.at(3), g.at(4), g.at(5), g.at(6), (int)g.at(7)}, t);
+Rows rows(const std::vector<Index>& g) {
+    return {g.at(0), g.at(1), g.at(2), g.at(3), g.at(4), g.at(5), g.at(6), (int)g.at(7)};
 }
 
-void backward(int set, bool columns, const std::vector<Index>& g, Address dy, Address x, Address residual, Address gamma,
-              Address beta, Address dx, Address dresidual, Address dgamma, Address dbeta, Address statistics, Index count,
+Columns columns(const std::vector<Index>& g) { return {g.at(0), g.at(1), g.at(2), g.at(3)}; }
+
+// Four numbers are a geometry of columns, eight one of rows.
+void forward(int set, const std::vector<Index>& g, Address x, Address residual, Address gamma, Address beta, Address y,
+             Address var, Address mean, Address rest, double eps, bool center, bool given, int type, int activation,
+             int threads) {
+    Tensors t = tensors(x, residual, gamma, beta, var, mean, rest, eps, center, given, type, activation, threads);
+    t.y = at<void>(y);
+    if (g.size() == 4)
+        table(set).columns_forward(columns(g), t);
+    else
+        table(set).rows_forward(rows(g), t);
+}
+
+void backward(int set, const std::vector<Index>& g, Address dy, Address x, Address residual, Address gamma, Address beta,
+              Address dx, Address dresidual, Address dgamma, Address dbeta, Address var, Address mean, Address rest,
               double eps, bool center, bool given, int type, int activation, int threads) {
-    Tensors t = tensors(x, residual, gamma, beta, statistics, count, eps, center, given, type, activation, threads);
+    Tensors t = tensors(x, residual, gamma, beta, var, mean, rest, eps, center, given, type, activation, threads);
     t.dy = at<const void>(dy);
     t.dx = at<void>(dx);
     t.dresidual = at<void>(dresidual);
     t.dgamma = at<float>(dgamma);
     t.dbeta = at<float>(dbeta);
-    if (columns)
-        table(set).columns_backward({g.at(0), g.at(1), g.at(2), g.at(3)}, t);
+    if (g.size() == 4)
+        table(set).columns_backward(columns(g), t);
     else
-        table(set).rows_backward({g.at(0), g.at(1), g.at(2), g.at(3), g.at(4), g.at(5), g.at(6), (int)g.at(7)}, t);
+        table(set).rows_backward(rows(g), t);
 }
 
 }  // namespace

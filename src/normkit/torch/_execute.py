@@ -27,7 +27,7 @@ from normkit.core.plan import NormPlan, count, kept_shape, parts
 from normkit.core.spec import NormSpec
 from normkit.torch._buffers import watched
 
-__all__ = ["accumulator", "evaluate", "normalize"]
+__all__ = ["accumulator", "evaluate", "needs_plain", "normalize"]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -53,7 +53,7 @@ def normalize(
     simple = weight is None and x.numel() > 0
     if simple and torch.compiler.is_exporting() and spec.name in _EXPORTED:
         return _EXPORTED[spec.name](p, x, _whole_gain(spec, gamma), beta, eps)
-    plain = _needs_plain(x, gamma, beta)
+    plain = needs_plain(x, gamma, beta)
     if simple and not plain and (kernel := _kernel(spec, p, x, gamma, beta)) is not None:
         if correct is None:
             return kernel(p, x, _whole_gain(spec, gamma), beta, eps)
@@ -85,7 +85,7 @@ def evaluate(
     if torch.compiler.is_exporting() and "var" in kept:
         return F.batch_norm(x, kept["mean"], kept["var"], gamma, beta, False, 0.0, eps)
     tensors = (*kept.values(), gamma, beta)
-    plain = _needs_plain(x, *tensors)
+    plain = needs_plain(x, *tensors)
     if not plain and "var" in kept and _layout(x) != "other" and _kernel_types(x, *tensors):
         # PyTorch's kernel computes x * scale + shift; on the deviation that keeps its digits.
         mean = kept["mean"]
@@ -251,7 +251,7 @@ def _layout(x: Tensor) -> str:
     return "channels_last" if last is not None and x.is_contiguous(memory_format=last) else "other"
 
 
-def _needs_plain(*tensors: Tensor | None) -> bool:
+def needs_plain(*tensors: Tensor | None) -> bool:
     """Whether something other than eager autograd is watching: then only plain operations are understood."""
     if watched() or forward_ad._current_level >= 0:
         return True
