@@ -343,6 +343,101 @@ void bundles_forward(const Rows& g, const Tensors& t) {
     }
 }
 
+// --- patches: rows of runs so short that vectors do not fit them -----------------------------------------------------
+//
+// Neighbouring rows lie side by side in every run: 15 channels of 7 x 7 are 735 values in one piece. What belongs to a row
+// (mean, gain, ...) is spread over an array as long as the piece, so that whole vectors serve, whatever rows they cross.
+
+constexpr Index PATCHED = 128;    // values of a run, below which rows are patched together
+constexpr Index PATCH = 768;      // values of a piece: eight arrays of them stay in the nearest cache
+constexpr Index EXACT = 256;      // runs that are summed in float
+
+inline bool patched(const Rows& g, const Tensors& t) {
+    return g.affine == PER_ROW && g.span < PATCHED && g.inner_stride == g.span && !t.given;
+}
+
+inline Index patch_rows(const Rows& g) { return PATCH / g.span < 1 ? 1 : PATCH / g.span; }
+
+// Sum an array of a patch over the values of every row.
+inline void add_up(const float* values, Index rows, Index span, double* total) {
+    for (Index i = 0; i < rows; ++i) {
+        double s = 0;
+        for (Index k = 0; k < span; ++k) s += values[i * span + k];
+        total[i] += s;
+    }
+}
+
+inline void fill(float* values, Index row, Index span, float value) {
+    for (Index k = 0; k < span; ++k) values[row * span + k] = value;
+}
+
+template <class T, int A, bool R>
+void patches_forward(const Rows& g, const Tensors& t) {
+    const T* const x = (const T*)t.x;
+    const T* const residual = (const T*)t.residual;
+    T* const y = (T*)t.y;
+    const Index most = patch_rows(g), count = Bundle::count(g, most);
+    const double n = (double)(g.runs * g.span);
+#pragma omp parallel for num_threads(t.threads) schedule(static)
+    for (Index number = 0; number < count; ++number) {
+        const Bundle patch(g, number, most);
+        const Index width = patch.size * g.span;
+        const T* const px = x + patch.start;
+        float mean[PATCH], rest[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
+        double sums[PATCH] = {}, squares[PATCH] = {}, about[PATCH] = {};
+        if (t.center) {
+            for (Index from = 0; from < g.runs; from += EXACT) {
+                for (Index k = 0; k < width; ++k) s1[k] = 0;
+                for (Index run = from; run < g.runs && run < from + EXACT; ++run) {
+                    const T* const p = px + run * g.run_stride;
+                    along(width, [&](Index k, int lanes) ALWAYS {
+                        write(s1 + k, read(s1 + k, lanes) + read(p + k, lanes), lanes);
+                    });
+                }
+                add_up(s1, patch.size, g.span, sums);
+            }
+        }
+        for (Index i = 0; i < patch.size; ++i) {
+            about[i] = (float)(sums[i] / n);
+            sums[i] = 0;
+            fill(mean, i, g.span, (float)about[i]);
+        }
+        for (Index from = 0; from < g.runs; from += EXACT) {
+            for (Index k = 0; k < width; ++k) s1[k] = s2[k] = 0;
+            for (Index run = from; run < g.runs && run < from + EXACT; ++run) {
+                const T* const p = px + run * g.run_stride;
+                along(width, [&](Index k, int lanes) ALWAYS {
+                    const vf d = read(p + k, lanes) - read(mean + k, lanes);
+                    write(s1 + k, read(s1 + k, lanes) + d, lanes);
+                    write(s2 + k, read(s2 + k, lanes) + d * d, lanes);
+                });
+            }
+            add_up(s1, patch.size, g.span, sums);
+            add_up(s2, patch.size, g.span, squares);
+        }
+        for (Index i = 0; i < patch.size; ++i) {
+            Moments m;
+            m.count = n;
+            m.mean = t.center ? about[i] + sums[i] / n : 0.0;
+            m.squares = squares[i] - (t.center ? sums[i] * sums[i] / n : 0.0);
+            const Scale s = kept(t, patch.row + i, m);
+            fill(mean, i, g.span, s.mean);
+            fill(rest, i, g.span, s.rest);
+            fill(gain, i, g.span, t.gamma ? s.rstd * t.gamma[patch.b + i] : s.rstd);
+            fill(shift, i, g.span, t.beta ? t.beta[patch.b + i] : 0.0f);
+        }
+        for (Index run = g.runs; run-- > 0;) {
+            const Index at = patch.start + run * g.run_stride;
+            along(width, [&](Index k, int lanes) ALWAYS {
+                vf z = ((read(x + at + k, lanes) - read(mean + k, lanes)) - read(rest + k, lanes)) * read(gain + k, lanes) +
+                       read(shift + k, lanes);
+                if constexpr (R) z += read(residual + at + k, lanes);
+                write(y + at + k, activate<A>(z), lanes);
+            });
+        }
+    }
+}
+
 // --- rows ------------------------------------------------------------------------------------------------------------
 
 template <class T, int A, bool R>
@@ -350,6 +445,7 @@ void rows_forward(const Rows& g, const Tensors& t) {
     const T* const x = (const T*)t.x;
     const T* const residual = (const T*)t.residual;
     T* const y = (T*)t.y;
+    if (patched(g, t)) return patches_forward<T, A, R>(g, t);
     if (g.affine == PER_ROW && g.span < SHORT && !t.given) return bundles_forward<T, A, R>(g, t);
     const Index values = g.rows * g.runs * g.span;
 #pragma omp parallel for num_threads(t.threads) schedule(static)
@@ -364,10 +460,11 @@ void rows_forward(const Rows& g, const Tensors& t) {
             T* py = y + at;
             const bool past = past_caches(py, values);
             if (g.affine == PER_VALUE) {
+                const float *const gamma = t.gamma, *const beta = t.beta;
                 along(g.span, [&](Index k, int lanes) ALWAYS {
                     vf z = ((read(px + k, lanes) - s.mean) - s.rest) * s.rstd;
-                    if (t.gamma) z *= read(t.gamma + k, lanes);
-                    if (t.beta) z += read(t.beta + k, lanes);
+                    if (gamma) z *= read(gamma + k, lanes);
+                    if (beta) z += read(beta + k, lanes);
                     if constexpr (R) z += read(pr + k, lanes);
                     write(py + k, activate<A>(z), lanes, past);
                 });
@@ -501,6 +598,66 @@ void bundles_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
 }
 
 template <class T, int A, bool R>
+void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* dbeta) {
+    const T* const x = (const T*)t.x;
+    const T* const dy = (const T*)t.dy;
+    const T* const residual = (const T*)t.residual;
+    T* const dx = (T*)t.dx;
+    T* const dresidual = (T*)t.dresidual;
+    const Index most = patch_rows(g), count = Bundle::count(g, most);
+    const double n = (double)(g.runs * g.span);
+#pragma omp parallel for num_threads(t.threads) schedule(static)
+    for (Index number = 0; number < count; ++number) {
+        const Bundle patch(g, number, most);
+        const Index width = patch.size * g.span;
+        float mean[PATCH], rest[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
+        double sums[PATCH] = {}, products[PATCH] = {};
+        for (Index i = 0; i < patch.size; ++i) {
+            const Scale s = given(t, patch.row + i);
+            fill(mean, i, g.span, s.mean);
+            fill(rest, i, g.span, s.rest);
+            fill(gain, i, g.span, t.gamma ? s.rstd * t.gamma[patch.b + i] : s.rstd);
+            fill(shift, i, g.span, t.beta ? t.beta[patch.b + i] : 0.0f);
+        }
+        for (Index from = 0; from < g.runs; from += EXACT) {
+            for (Index k = 0; k < width; ++k) s1[k] = s2[k] = 0;
+            for (Index run = from; run < g.runs && run < from + EXACT; ++run) {
+                const Index at = patch.start + run * g.run_stride;
+                along(width, [&](Index k, int lanes) ALWAYS {
+                    const vf centred = (read(x + at + k, lanes) - read(mean + k, lanes)) - read(rest + k, lanes);
+                    const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, centred,
+                                                            read(gain + k, lanes), read(shift + k, lanes));
+                    write(s1 + k, read(s1 + k, lanes) + d, lanes);
+                    write(s2 + k, read(s2 + k, lanes) + d * centred, lanes);
+                });
+            }
+            add_up(s1, patch.size, g.span, sums);
+            add_up(s2, patch.size, g.span, products);
+        }
+        // s1 and s2 become what is subtracted.
+        for (Index i = 0; i < patch.size; ++i) {
+            const double rstd = given(t, patch.row + i).rstd, gamma = t.gamma ? t.gamma[patch.b + i] : 1.0;
+            if (dgamma) dgamma[patch.row + i] = products[i] * rstd;
+            if (dbeta) dbeta[patch.row + i] = sums[i];
+            fill(s1, i, g.span, t.center ? (float)(gamma * sums[i] / n * rstd) : 0.0f);
+            fill(s2, i, g.span, (float)(gamma * products[i] / n * rstd * rstd * rstd));
+        }
+        if (!dx && !dresidual) continue;
+        for (Index run = g.runs; run-- > 0;) {
+            const Index at = patch.start + run * g.run_stride;
+            along(width, [&](Index k, int lanes) ALWAYS {
+                const vf centred = (read(x + at + k, lanes) - read(mean + k, lanes)) - read(rest + k, lanes);
+                const vf scale = read(gain + k, lanes);
+                const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, centred, scale,
+                                                        read(shift + k, lanes));
+                if (dx) write(dx + at + k, (d * scale - read(s1 + k, lanes)) - centred * read(s2 + k, lanes), lanes);
+                if (R && dresidual) write(dresidual + at + k, d, lanes);
+            });
+        }
+    }
+}
+
+template <class T, int A, bool R>
 void rows_backward(const Rows& g, const Tensors& t) {
     const T* const x = (const T*)t.x;
     const T* const dy = (const T*)t.dy;
@@ -514,7 +671,10 @@ void rows_backward(const Rows& g, const Tensors& t) {
     Array<double> dgamma(t.dgamma ? shares : 0);
     Array<double> dbeta(t.dbeta ? shares : 0);
     const bool bundled = g.affine == PER_ROW && g.span < SHORT;
-    if (bundled) bundles_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
+    if (patched(g, t))
+        patches_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
+    else if (bundled)
+        bundles_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
 #pragma omp parallel num_threads(t.threads) if (!bundled)
     {
         int thread = 0;
@@ -554,14 +714,16 @@ void rows_backward(const Rows& g, const Tensors& t) {
             } else {
                 vf a = {}, c = {};
                 const T *px = x + start, *pd = dy + start, *pr = residual + (R ? start : 0);
+                const float *const gammas = t.gamma, *const betas = t.beta;
+                float *const own_gamma = dgamma ? block.get() : nullptr, *const own_beta = dbeta ? block.get() + entries : nullptr;
                 along(g.span, [&](Index k, int lanes) ALWAYS {
                     const vf centred = (read(px + k, lanes) - s.mean) - s.rest;
-                    const vf gamma = t.gamma ? read(t.gamma + k, lanes) : splat(1.0f);
-                    const vf beta = t.beta ? read(t.beta + k, lanes) : vf{};
+                    const vf gamma = gammas ? read(gammas + k, lanes) : splat(1.0f);
+                    const vf beta = betas ? read(betas + k, lanes) : vf{};
                     const vf d =
                         masked(before_activation<T, A, R>(pd, pr, k, lanes, centred, gamma * s.rstd, beta), lanes);
-                    if (dgamma) write(&block[k], read(&block[k], lanes) + d * (centred * s.rstd), lanes);
-                    if (dbeta) write(&block[entries + k], read(&block[entries + k], lanes) + d, lanes);
+                    if (own_gamma) write(own_gamma + k, read(own_gamma + k, lanes) + d * (centred * s.rstd), lanes);
+                    if (own_beta) write(own_beta + k, read(own_beta + k, lanes) + d, lanes);
                     a += d * gamma;
                     c += d * gamma * centred;
                 });
@@ -586,12 +748,13 @@ void rows_backward(const Rows& g, const Tensors& t) {
                     if (dx) write(dx + at + k, (d * gain - c1) - centred * c2, lanes, past);
                     if (R && dresidual) write(dresidual + at + k, d, lanes);
                 };
-                if (each)
+                if (each) {
+                    const float *const gammas = t.gamma, *const betas = t.beta;
                     along(g.span, [&](Index k, int lanes) ALWAYS {
-                        body(k, lanes, t.gamma ? read(t.gamma + k, lanes) * s.rstd : one_gain,
-                             t.beta ? read(t.beta + k, lanes) : one_beta);
+                        body(k, lanes, gammas ? read(gammas + k, lanes) * s.rstd : one_gain,
+                             betas ? read(betas + k, lanes) : one_beta);
                     });
-                else
+                } else
                     along(g.span, [&](Index k, int lanes) ALWAYS { body(k, lanes, one_gain, one_beta); });
             }
         }
@@ -612,18 +775,21 @@ void rows_backward(const Rows& g, const Tensors& t) {
 // --- columns ---------------------------------------------------------------------------------------------------------
 
 // Call body(first channel, lanes of the last vector, constant N) for tiles of N vectors: whole lines of the cache.
-template <class Body>
+template <int MOST = 4, class Body>
 ALWAYS inline void tiles(Index channels, Body body) {
     Index c = 0;
-    for (; c + 4 * W <= channels; c += 4 * W) body(c, W, Number<4>());
+    for (; c + MOST * W <= channels; c += MOST * W) body(c, W, Number<MOST>());
     for (; c + W <= channels; c += W) body(c, W, Number<1>());
     if (c < channels) body(c, (int)(channels - c), Number<1>());
 }
 
+// Rows of a matrix that are gone through together, tile by tile: they stay in the second cache.
+inline Index block_rows(Index channels) { return COLUMN_BLOCK / channels > 8 ? COLUMN_BLOCK / channels : 8; }
+
 // Moments of all columns of rows [from, to), merged into those that are there.
 template <class T>
 void column_moments(const T* x, Index from, Index to, Index channels, bool center, Moments* total) {
-    const Index rows = COLUMN_BLOCK / channels > 8 ? COLUMN_BLOCK / channels : 8;
+    const Index rows = block_rows(channels);
     for (Index m = from; m < to; m += rows) {
         const Index end = to - m < rows ? to : m + rows;
         const double n = (double)(end - m);
@@ -696,17 +862,29 @@ void apply_columns(const Columns& g, const Tensors& t, Index from, Index to, con
     const T* const x = (const T*)t.x;
     const T* const residual = (const T*)t.residual;
     T* const y = (T*)t.y;
+    const float *const gamma = t.gamma, *const beta = t.beta;
+    const Index channels = g.channels, rows = block_rows(channels);
+    const bool past = past_caches(y, g.blocks * g.length * channels) && channels % W == 0;
     // Backwards: what was read last for the statistics is still in a cache.
-    for (Index row = to; row-- > from;) {
-        const Index at = row * g.channels;
-        along(g.channels, [&](Index c, int lanes) ALWAYS {
-            vf z = ((read(x + at + c, lanes) - read(s.mean + c, lanes)) - read(s.rest + c, lanes));
-            vf gain = read(s.rstd + c, lanes);
-            if (t.gamma) gain *= read(t.gamma + c, lanes);
-            z *= gain;
-            if (t.beta) z += read(t.beta + c, lanes);
-            if constexpr (R) z += read(residual + at + c, lanes);
-            write(y + at + c, activate<A>(z), lanes);
+    for (Index end = to; end > from; end -= rows) {
+        const Index m = end - from < rows ? from : end - rows;
+        tiles(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
+            constexpr int N = decltype(vectors)::value;
+            vf mean[N], rest[N], gain[N], shift[N];
+            for (int u = 0; u < N; ++u) {
+                const Index k = c + u * W;
+                mean[u] = read(s.mean + k, lanes);
+                rest[u] = read(s.rest + k, lanes);
+                gain[u] = gamma ? read(s.rstd + k, lanes) * read(gamma + k, lanes) : read(s.rstd + k, lanes);
+                shift[u] = beta ? read(beta + k, lanes) : vf{};
+            }
+            for (Index r = end; r-- > m;)
+                for (int u = 0; u < N; ++u) {
+                    const Index at = r * channels + c + u * W;
+                    vf z = ((read(x + at, lanes) - mean[u]) - rest[u]) * gain[u] + shift[u];
+                    if constexpr (R) z += read(residual + at, lanes);
+                    write(y + at, activate<A>(z), lanes, past);
+                }
         });
     }
 }
@@ -765,33 +943,33 @@ void column_sums(const Columns& g, const Tensors& t, Index from, Index to, const
     const T* const x = (const T*)t.x;
     const T* const dy = (const T*)t.dy;
     const T* const residual = (const T*)t.residual;
-    const Index rows = COLUMN_BLOCK / g.channels > 8 ? COLUMN_BLOCK / g.channels : 8;
+    const float *const gamma = t.gamma, *const beta = t.beta;
+    const Index channels = g.channels, rows = block_rows(channels);
     for (Index m = from; m < to; m += rows) {
         const Index end = to - m < rows ? to : m + rows;
-        tiles(g.channels, [&](Index c, int lanes, auto vectors) ALWAYS {
+        tiles<2>(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
             constexpr int N = decltype(vectors)::value;
-            vf mean[N], rest[N], gain[N], beta[N], a[N] = {}, b[N] = {};
+            vf mean[N], rest[N], gain[N], shift[N], a[N] = {}, b[N] = {};
             for (int u = 0; u < N; ++u) {
                 const Index k = c + u * W;
                 mean[u] = read(s.mean + k, lanes);
                 rest[u] = read(s.rest + k, lanes);
-                gain[u] = read(s.rstd + k, lanes);
-                if (t.gamma) gain[u] *= read(t.gamma + k, lanes);
-                beta[u] = t.beta ? read(t.beta + k, lanes) : vf{};
+                gain[u] = gamma ? read(s.rstd + k, lanes) * read(gamma + k, lanes) : read(s.rstd + k, lanes);
+                shift[u] = beta ? read(beta + k, lanes) : vf{};
             }
             for (Index r = m; r < end; ++r)
                 for (int u = 0; u < N; ++u) {
-                    const Index at = r * g.channels + c + u * W;
+                    const Index at = r * channels + c + u * W;
                     const vf centred = (read(x + at, lanes) - mean[u]) - rest[u];
                     const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, centred, gain[u],
-                                                            beta[u]);
+                                                            shift[u]);
                     a[u] += d;
                     b[u] += d * centred;
                 }
             for (int u = 0; u < N; ++u)
                 for (int k = 0; k < lanes; ++k) {
                     sums[c + u * W + k] += a[u][k];
-                    sums[g.channels + c + u * W + k] += b[u][k];
+                    sums[channels + c + u * W + k] += b[u][k];
                 }
         });
     }
@@ -805,17 +983,32 @@ void column_gradients(const Columns& g, const Tensors& t, Index from, Index to, 
     const T* const residual = (const T*)t.residual;
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
-    for (Index row = to; row-- > from;) {
-        const Index start = row * g.channels;
-        along(g.channels, [&](Index c, int lanes) ALWAYS {
-            const Index at = start + c;
-            const vf centred = (read(x + at, lanes) - read(s.mean + c, lanes)) - read(s.rest + c, lanes);
-            vf gain = read(s.rstd + c, lanes);
-            if (t.gamma) gain *= read(t.gamma + c, lanes);
-            const vf beta = t.beta ? read(t.beta + c, lanes) : vf{};
-            const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, centred, gain, beta);
-            if (dx) write(dx + at, (d * gain - read(c1 + c, lanes)) - centred * read(c2 + c, lanes), lanes);
-            if (R && dresidual) write(dresidual + at, d, lanes);
+    const float *const gamma = t.gamma, *const beta = t.beta;
+    const Index channels = g.channels, rows = block_rows(channels);
+    const bool past = dx && past_caches(dx, g.blocks * g.length * channels) && channels % W == 0;
+    for (Index end = to; end > from; end -= rows) {
+        const Index m = end - from < rows ? from : end - rows;
+        tiles<2>(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
+            constexpr int N = decltype(vectors)::value;
+            vf mean[N], rest[N], gain[N], shift[N], one[N], two[N];
+            for (int u = 0; u < N; ++u) {
+                const Index k = c + u * W;
+                mean[u] = read(s.mean + k, lanes);
+                rest[u] = read(s.rest + k, lanes);
+                gain[u] = gamma ? read(s.rstd + k, lanes) * read(gamma + k, lanes) : read(s.rstd + k, lanes);
+                shift[u] = beta ? read(beta + k, lanes) : vf{};
+                one[u] = read(c1 + k, lanes);
+                two[u] = read(c2 + k, lanes);
+            }
+            for (Index r = end; r-- > m;)
+                for (int u = 0; u < N; ++u) {
+                    const Index at = r * channels + c + u * W;
+                    const vf centred = (read(x + at, lanes) - mean[u]) - rest[u];
+                    const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, centred, gain[u],
+                                                            shift[u]);
+                    if (dx) write(dx + at, (d * gain[u] - one[u]) - centred * two[u], lanes, past);
+                    if (R && dresidual) write(dresidual + at, d, lanes);
+                }
         });
     }
 }
