@@ -148,10 +148,9 @@ __attribute__((always_inline)) inline void store(bf16* p, vf v, int n) {
 __attribute__((always_inline)) inline vf least(vf a, vf b) { return a < b ? a : b; }
 
 // e^x to 2 units in the last place: x = n ln 2 + r with |r| <= ln(2)/2, a polynomial of degree 6 for e^r, and n added to
-// the exponent. Saturates at the ends of the range, where the callers have long reached 0 or 1.
+// the exponent. Below the range 0 and above it infinity, not the last number of the range: z * sigmoid(z) has to vanish
+// for z = -3e38, and is NaN for -infinity, as in PyTorch.
 __attribute__((always_inline)) inline vf exponential(vf x) {
-    x = x < -87.0f ? splat(-87.0f) : x;
-    x = x > 88.0f ? splat(88.0f) : x;
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
     const vf shifted = x * 1.44269504088896341f + magic;
     const vf n = shifted - magic;
@@ -164,7 +163,10 @@ __attribute__((always_inline)) inline vf exponential(vf x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     const vi exponent = ((vi)shifted - (std::int32_t)0x4b400000) << 23;
-    return (vf)((vi)p + exponent);
+    vf y = (vf)((vi)p + exponent);
+    y = x < -87.0f ? vf{} : y;
+    y = x > 88.72f ? splat(__builtin_inff()) : y;
+    return x == x ? y : x;  // the sum of exponents may have made a number of NaN
 }
 
 __attribute__((always_inline)) inline vf sigmoid(vf x) { return 1.0f / (1.0f + exponential(-x)); }
