@@ -1,30 +1,104 @@
-// What this machine can execute. Compiled kernels choose by it; until there are any, the report of a comparison states it.
+// What this machine can execute, and the kernels by instruction set. Tensors come as addresses: they cost nothing to pass.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "kernels.hpp"
+
 namespace nb = nanobind;
+using namespace normkit;
 
 namespace {
 
 // From the widest to the narrowest; the last entry always works.
-std::vector<std::string> instruction_sets() {
-    std::vector<std::string> found;
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        found.emplace_back("avx512");
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        found.emplace_back("avx2");
-    }
+const std::vector<const Table*>& tables() {
+    static const std::vector<const Table*> found = [] {
+        std::vector<const Table*> list;
+#if defined(NORMKIT_X86)
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            list.push_back(&table_avx512);
+        }
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+            list.push_back(&table_avx2);
+        }
 #endif
-    found.emplace_back("baseline");
+        list.push_back(&table_baseline);
+        return list;
+    }();
     return found;
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Table* table : tables()) names.emplace_back(table->name);
+    return names;
+}
+
+template <class P>
+P* at(std::uintptr_t address) {
+    return reinterpret_cast<P*>(address);
+}
+
+using Address = std::uintptr_t;
+
+Tensors tensors(Address x, Address residual, Address gamma, Address beta, Address var, Address mean, Address rest,
+                double eps, bool center, bool given, int type, int activation, int threads) {
+    Tensors t{};
+    t.x = at<const void>(x);
+    t.residual = at<const void>(residual);
+    t.gamma = at<const float>(gamma);
+    t.beta = at<const float>(beta);
+    t.mean = at<float>(mean);
+    t.rest = at<float>(rest);
+    t.var = at<float>(var);
+    t.eps = eps;
+    t.center = center;
+    t.given = given;
+    t.type = type;
+    t.activation = activation;
+    t.threads = threads < 1 ? 1 : threads;
+    return t;
+}
+
+const Table& table(int place) { return *tables().at((size_t)place); }
+
+Rows rows(const std::vector<Index>& g) {
+    return {g.at(0), g.at(1), g.at(2), g.at(3), g.at(4), g.at(5), g.at(6), (int)g.at(7)};
+}
+
+Columns columns(const std::vector<Index>& g) { return {g.at(0), g.at(1), g.at(2), g.at(3)}; }
+
+// Four numbers are a geometry of columns, eight one of rows.
+void forward(int set, const std::vector<Index>& g, Address x, Address residual, Address gamma, Address beta, Address y,
+             Address var, Address mean, Address rest, double eps, bool center, bool given, int type, int activation,
+             int threads) {
+    Tensors t = tensors(x, residual, gamma, beta, var, mean, rest, eps, center, given, type, activation, threads);
+    t.y = at<void>(y);
+    if (g.size() == 4)
+        table(set).columns_forward(columns(g), t);
+    else
+        table(set).rows_forward(rows(g), t);
+}
+
+void backward(int set, const std::vector<Index>& g, Address dy, Address x, Address residual, Address gamma, Address beta,
+              Address dx, Address dresidual, Address dgamma, Address dbeta, Address var, Address mean, Address rest,
+              double eps, bool center, bool given, int type, int activation, int threads) {
+    Tensors t = tensors(x, residual, gamma, beta, var, mean, rest, eps, center, given, type, activation, threads);
+    t.dy = at<const void>(dy);
+    t.dx = at<void>(dx);
+    t.dresidual = at<void>(dresidual);
+    t.dgamma = at<float>(dgamma);
+    t.dbeta = at<float>(dbeta);
+    if (g.size() == 4)
+        table(set).columns_backward(columns(g), t);
+    else
+        table(set).rows_backward(rows(g), t);
 }
 
 }  // namespace
@@ -32,4 +106,6 @@ std::vector<std::string> instruction_sets() {
 NB_MODULE(_native, m) {
     m.def("instruction_sets", &instruction_sets,
           "Instruction sets this processor executes, from the widest to the narrowest.");
+    m.def("forward", &forward, nb::call_guard<nb::gil_scoped_release>(), "See normkit.kernels.native.");
+    m.def("backward", &backward, nb::call_guard<nb::gil_scoped_release>(), "See normkit.kernels.native.");
 }

@@ -1,5 +1,6 @@
 """normkit for PyTorch: drop-in layers, functions, a layer for every normalizer of the catalog, folded models."""
 
+from normkit.kernels.registry import use_kernel as use_kernel
 from normkit.torch import functional as functional
 from normkit.torch.checkpoints import load_folded as load_folded
 from normkit.torch.constant import FrozenBatchNorm2d as FrozenBatchNorm2d
@@ -8,4 +9,4 @@ from normkit.torch.layers import *  # noqa: F403
 from normkit.torch.layers import __all__ as _layers
 from normkit.torch.synchronized import SyncBatchNorm as SyncBatchNorm
 
-__all__ = ["FrozenBatchNorm2d", "SyncBatchNorm", "functional", "load_folded", "norm_layer", *_layers]
+__all__ = ["FrozenBatchNorm2d", "SyncBatchNorm", "functional", "load_folded", "norm_layer", "use_kernel", *_layers]

@@ -24,8 +24,9 @@ from normkit.core.constraints import check
 from normkit.core.plan import NormPlan
 from normkit.core.spec import ARGUMENTS, NormSpec
 from normkit.errors import NormRuntimeError, NormTypeError, NormValueError, message, nearest
+from normkit.torch import _compiled as compiled
 from normkit.torch._buffers import keep, recomputing, watched
-from normkit.torch._execute import accumulator, evaluate, normalize
+from normkit.torch._execute import accumulator, evaluate, needs_plain, normalize
 from normkit.torch._processes import highest, normalize_together
 
 __all__ = [
@@ -414,6 +415,10 @@ def _tracked(
     _check_affine(spec, p, input, weight, bias, kept)
     if kept is not None and not training:  # evaluation asks no other process
         x, real, _ = _weighted(input, mask, sample_weight)
+        if real is None and "var" in kept and _eager(input, activation, residual, *kept.values(), weight, bias):
+            evaluated = compiled.evaluate(input, kept["mean"], kept["var"], weight, bias, eps, activation, residual)
+            if evaluated is not None:
+                return evaluated
         y = evaluate(spec, p, x, kept, weight, bias, eps)
         return _finish(y, input, real, activation, residual)
     x, real, w = _weighted(input, mask, sample_weight, process_group)
@@ -427,15 +432,18 @@ def _tracked(
             hint = "r and d come from running statistics that have moved since; keep this layer out of the checkpoint"
             raise NormRuntimeError(message(must, hint=hint))
         correct = formula.renorm(torch, kept, *clips, stop=Tensor.detach)
-    if process_group is None:
-        y, moments = normalize(chosen, p, x, weight, bias, eps, weight=w, correct=correct)
-    else:
+    fused = None
+    if process_group is not None:
         wide = accumulator(x.dtype)
         gamma, beta = (None if t is None else t.to(wide) for t in (weight, bias))
         y, moments = normalize_together(chosen, p, x.to(wide), gamma, beta, eps, weight=w, group=process_group)
+    else:
+        if w is None and correct is None and _eager(input, activation, residual, weight, bias):
+            fused = compiled.normalize(chosen, p, input, weight, bias, eps, activation, residual)
+        y, moments = fused or normalize(chosen, p, x, weight, bias, eps, weight=w, correct=correct)
     if kept is not None:
         keep(spec, p, kept, number, moments, momentum=momentum, eps=eps, nonfinite=nonfinite)
-    return _finish(y, input, real, activation, residual)
+    return y if fused else _finish(y, input, real, activation, residual)
 
 
 def _untracked(
@@ -453,6 +461,10 @@ def _untracked(
     p = _plan(spec, input, sizes)
     _check_affine(spec, p, input, weight, bias, None)
     x, real, w = _weighted(input, mask, sample_weight)
+    if w is None and _eager(input, activation, residual, weight, bias):
+        fused = compiled.normalize(spec, p, input, weight, bias, eps, activation, residual)
+        if fused is not None:
+            return fused[0]
     y, _ = normalize(spec, p, x, weight, bias, eps, weight=w)
     return _finish(y, input, real, activation, residual)
 
@@ -476,6 +488,10 @@ def _rms(
     _check_affine(spec, p, input, weight, None, None)
     small = torch.finfo(accumulator(input.dtype)).eps if eps is None else eps
     if cast == "gemma" or input.dtype == accumulator(input.dtype):
+        if _eager(input, activation, residual, weight):
+            fused = compiled.normalize(spec, p, input, weight, None, small, activation, residual)
+            if fused is not None:
+                return fused[0]
         y, _ = normalize(spec, p, input, weight, None, small)
     elif cast == "llama":
         y, _ = normalize(spec, p, input, None, None, small)
@@ -603,6 +619,13 @@ def _placed(name: str, t: Tensor, target: tuple[int, ...], input: Tensor) -> Ten
     except RuntimeError:
         must = f"`{name}` must broadcast to {target}, the input's shape {tuple(input.shape)} without its channel axis"
         raise NormValueError(message(must, f"shape {tuple(t.shape)}")) from None
+
+
+def _eager(input: Tensor, activation: str | None, residual: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether a compiled kernel may be called: it sees plain tensors, and no tracer or transform sees it."""
+    if (residual is not None and residual.shape != input.shape) or (activation not in (None, *ACTIVATIONS)):
+        return False  # worded where it is done
+    return not needs_plain(input, residual, *others)
 
 
 def _finish(y: Tensor, input: Tensor, real: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
