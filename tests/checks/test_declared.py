@@ -17,6 +17,7 @@ PARTS = {
     "calls": "calls",
     "population": "calls",
     "trained_calls": "trained calls",
+    "trained_population": "trained calls",
     "gap": "gap",
     "dependence": "dependence",
     "step": "step",
