@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from normkit.surgery.recalibration import recalibrate as recalibrate
     from normkit.surgery.replacement import remove as remove
     from normkit.surgery.replacement import replace as replace
+    from normkit.surgery.synchronization import sync as sync
+    from normkit.surgery.synchronization import unsync as unsync
 
 __version__ = "0.1.0"
 
@@ -46,7 +48,9 @@ _HOME = {
     "recalibrate": "normkit.surgery.recalibration",
     "remove": "normkit.surgery.replacement",
     "replace": "normkit.surgery.replacement",
+    "sync": "normkit.surgery.synchronization",
     "unfreeze": "normkit.surgery.freezing",
+    "unsync": "normkit.surgery.synchronization",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -11,7 +11,6 @@ __all__ = ["HELD_OUT", "LEARN", "accuracy", "dense", "fit", "images", "loader", 
 
 loss = nn.functional.cross_entropy
 _SPLIT = 1200
-torch.set_num_threads(1)  # such small layers are slower on two
 
 
 def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

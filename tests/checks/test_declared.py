@@ -23,6 +23,7 @@ PARTS = {
     "step": "step",
     "groups": "optimizer",
     "data": "data",
+    "ranks": "ranks",
 }
 
 
@@ -50,3 +51,23 @@ def test_a_rule_declares_what_it_looks_at(code):
 def test_what_is_looked_at_is_found():
     assert "gap" in looked_at(RULES["NK101"].run, set())
     assert "calls" in looked_at(RULES["NK102"].run, set())
+
+
+def test_what_nobody_asks_for_is_not_run():
+    torch = pytest.importorskip("torch")
+    import normkit
+
+    calls = []
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    model.register_forward_hook(lambda *_: calls.append(1))
+    data = [(torch.randn(8, 3), torch.zeros(8, dtype=torch.long)) for _ in range(4)]
+
+    def run(code):
+        calls.clear()
+        found = normkit.check(model, data, loss="cross_entropy", select=[code], show_progress=False)
+        assert not found.skipped.keys() - {"optimizer"}
+        return len(calls)
+
+    alone = run("NK201")  # of the layers alone
+    assert run("NK103") == alone + 2 * len(data)  # with statistics of batches, and of all data
+    assert run("NK106") == alone + 3 * len(data)  # and in training mode

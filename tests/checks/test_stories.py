@@ -16,7 +16,6 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import normkit  # noqa: E402
-from normkit.checks.rule import RULES  # noqa: E402
 
 ENOUGH = 0.8
 
@@ -121,7 +120,6 @@ def test_a_frozen_backbone_drifts():
     assert accuracy(original) == good
 
 
-@pytest.mark.skipif("NK301" not in RULES, reason="needs NK301")
 def test_a_frozen_backbone_that_will_drift():
     """Before it does harm: the model in training mode, its backbone frozen but for the buffers."""
     original, held, other, negatives = drifted()

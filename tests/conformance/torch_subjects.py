@@ -77,6 +77,10 @@ def our_entries() -> dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]]:
             # Like PyTorch's, it does not count, except where momentum=None needs it.
             {"spec": catalog.INSTANCE_TRACKED, **maps, **KEPT, "bessel": True, "counts": False},
         )
+    found["SyncBatchNorm"] = (
+        batch(nk.SyncBatchNorm),
+        {"spec": catalog.BATCH, "shapes": SHAPES["2d"][:1], "sizes": channels, **KEPT, "bessel": True},
+    )
     found["GroupNorm"] = (
         lambda call, shape: nk.GroupNorm(math.gcd(3, shape[1]), shape[1], eps=call.eps),
         {

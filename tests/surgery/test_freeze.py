@@ -27,6 +27,7 @@ NORMS = {
     "ours": nkt.BatchNorm2d,
     "theirs": Theirs,
     "sync": nn.SyncBatchNorm,
+    "our sync": nkt.SyncBatchNorm,
     "renorm": nkt.BatchRenorm2d,
     "ghost": lambda n: nkt.GhostBatchNorm2d(n, virtual_batch_size=2),
     "instance": lambda n: nn.InstanceNorm2d(n, affine=True, track_running_stats=True),
@@ -146,6 +147,20 @@ def test_a_part_can_be_unfrozen_and_what_is_asked_last_holds():
     assert [model.train()[at].training for at in (1, 4)] == [True, False]
     normkit.freeze(model, affine=False)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_part_alone_is_frozen():
+    """The backbone; the head goes on, through what is frozen, whatever the whole is set to."""
+    model = nn.Sequential(network(nn.BatchNorm2d), nn.BatchNorm1d(48), nn.Linear(48, 2))
+    assert normkit.freeze(model[0]) is model[0]
+    kept, weights = buffers(model[0]), [p.clone() for p in model.parameters()]
+    train(model, model.parameters(), 3)
+    assert same(model[0], kept)
+    assert [layer.training for layer in (model[0][1], model[0][4], model[1])] == [False, False, True]
+    assert model[1].running_mean.any()
+    moved = {name for (name, p), q in zip(model.named_parameters(), weights, strict=True) if not p.equal(q)}
+    maps = {"0.0.weight", "0.0.bias", "0.3.weight", "0.3.bias"}
+    assert moved == maps | {"1.weight", "1.bias", "2.weight", "2.bias"}
 
 
 def saved(model, folder):

@@ -97,6 +97,64 @@ def test_identity_changes_nothing_in_evaluation(placement, norm, dtype):
         assert (outputs - model(x)).abs().max() < 0.5 * model(x).abs().max()
 
 
+CUTS = {
+    "array": lambda x: x.numpy(),
+    "array and targets": lambda x: (x, torch.zeros(len(x))),
+    "ragged batches": lambda x: [x[:1], x[1:7], x[7:]],
+    "batches in another order": lambda x: iter([x[20:], x[:20]]),
+    "loader": lambda x: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.zeros(len(x))), 9),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_identity_by_the_statistics_of_all_data(cut):
+    """However it is cut and ordered; the outputs stay all the same."""
+    model, x = plain().double(), 3 * images(40).double() + torch.linspace(-2, 2, 40).double()[:, None, None, None]
+    result, report = normkit.insert(model, "batch", x[:2], init="identity", data=CUTS[cut](x), return_report=True)
+    assert report.difference <= CLOSE[torch.float64]
+    close(model.eval()(x), result.eval()(x), CLOSE[torch.float64])
+    values = model[:3](x).movedim(1, -1).flatten(0, -2).detach()  # what the second norm is given, bias included
+    norm = result[2].norm
+    torch.testing.assert_close(norm.bias, values.mean(0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(norm.running_var, values.var(0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(norm.weight.detach(), (norm.running_var + norm.eps).sqrt(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_identity_that_changes_the_outputs_is_taken_back(inplace):
+    def shifted(channels):
+        norm = nn.BatchNorm2d(channels)
+        norm.register_forward_hook(lambda _, given, y: y + 0.1)
+        return norm
+
+    model = plain()[:3]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    held, kinds = optimizer.param_groups[0]["params"], [type(layer) for layer in model]
+    for norm, data, said in (
+        (shifted, None, r"must stay within 1e-05 of the largest; got a change of .*; nothing was inserted"),
+        ("batch", images() * torch.nan, "a change of inf; nothing was inserted"),
+    ):
+        with pytest.raises(NormError, match=said):
+            normkit.insert(model, norm, images(), init="identity", data=data, inplace=inplace, optimizer=optimizer)
+        assert [type(layer) for layer in model] == kinds
+        assert not hasattr(model[0], "norm")
+        assert optimizer.param_groups[0]["params"] == held == list(model.parameters())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interruption_while_data_is_read_takes_everything_back(error):
+    def broken():
+        yield images()
+        raise error
+
+    model = plain()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error):
+        normkit.insert(model, "batch", images(), init="identity", data=broken(), inplace=True)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["vit", "segformer", "gpt2", "llama", "bert", "wav2vec2", "efficientnet"])
 def test_identity_in_architectures(name):
     model, x = built(name)
@@ -403,6 +461,9 @@ def test_in_place_is_all_or_nothing(monkeypatch, error, moment):
         ({"after": [3]}, "paths, classes"),
         ({"after": ["4"]}, "neither a convolution nor a linear map"),
         ({"norm": "layer", "init": "identity"}, "kept statistics"),
+        ({"data": images()}, "`data` must be left out unless statistics are taken; got data, and init='fresh'"),
+        ({"init": "identity", "data": []}, "`data` must hold at least one batch"),
+        ({"norm": "frozen"}, "a normalizer must be in the catalog; got 'frozen'"),
         ({"model": nn.Linear(3, 3), "example": torch.randn(2, 3)}, "linear map that a norm can follow"),
         ({"model": torch.jit.script(nn.Linear(3, 3)), "example": torch.randn(2, 3)}, "plain torch.nn.Module"),
         ({"model": 3}, "a model must be"),

@@ -298,3 +298,105 @@ def test_turned_keeps_values_of_records():
     assert replacement.turned(record, "layer").gamma[0] == 1.25
     result = normkit.replace(nn.Sequential(norm), {"rms": "layer"})
     assert torch.equal(result[0].weight, torch.full((4,), 1.25))
+
+
+class Theirs(nn.Module):
+    """As torchvision writes it: x * scale + shift, everything a buffer."""
+
+    def __init__(self, n, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(n) + 0.5)
+
+    def forward(self, x):
+        w, b, mean, var = (t.reshape(1, -1, 1, 1) for t in self.buffers())
+        scale = w * (var + self.eps).rsqrt()
+        return x * scale + (b - mean * scale)
+
+
+TheirsFrozenBatchNorm2d = type("FrozenBatchNorm2d", (Theirs,), {})
+
+
+@pytest.mark.parametrize("old", ["batch", "ghost", "renorm", "sync", "no affine"])
+def test_what_keeps_statistics_becomes_constants_and_comes_back(old):
+    norms = {"sync": ours.SyncBatchNorm(8), "no affine": nn.BatchNorm2d(8, affine=False)}
+    model, x = holder(norms.get(old) or norm_layer(old, 8, 2)), values(SHAPES[2])
+    kind, example = (old if old in CATALOG else "batch"), (x if old == "sync" else None)
+    result, report = normkit.replace(model, {kind: "frozen"}, example=example, return_report=True)
+    assert type(result[1]) is ours.FrozenBatchNorm2d
+    assert "statistics too, all as constants" in report.done[0].reason
+    assert not list(result[1].parameters())
+    assert list(result[1].state_dict()) == ["weight", "bias", "running_mean", "running_var"]
+    for mode in (True, False):
+        close(model(x), result.train(mode)(x), 1e-6)
+    state = copy.deepcopy(result.state_dict())
+    result.train()(x)
+    assert all(torch.equal(value, state[name]) for name, value in result.state_dict().items())
+    back = normkit.replace(result.eval(), {"frozen": "batch"})
+    assert type(back[1]) is ours.BatchNorm2d
+    assert back[1].momentum == 0.1
+    assert all(p.requires_grad for p in back[1].parameters())
+    close(model(x), back(x), 1e-6)
+    assert not torch.equal(back.train()[1](x), result[1](x)), "it is trained again"
+
+
+def test_frozen_batch_norm_of_others_is_a_source_and_loads():
+    x = values(SHAPES[2])
+    for norm in (Theirs(8, 1e-3), TheirsFrozenBatchNorm2d(8)):
+        model = nn.Sequential(nn.Identity(), norm)
+        result = normkit.replace(model, {"frozen": "batch"}, example=x)
+        assert type(result[1]) is ours.BatchNorm2d
+        close(model(x), result.eval()(x), 1e-6)
+        again = normkit.replace(model, {"frozen": "frozen"}, example=x)
+        close(model(x), again(x), 1e-6)
+        mine = ours.FrozenBatchNorm2d(8, norm.eps)
+        mine.load_state_dict(norm.state_dict())
+        mine.load_state_dict({**norm.state_dict(), "num_batches_tracked": torch.tensor(3)})
+        close(norm(x), mine(x), 1e-6)
+    mine = normkit.replace(nn.Sequential(TheirsFrozenBatchNorm2d(8)), accelerated=True)
+    assert type(mine[0]) is ours.FrozenBatchNorm2d
+
+
+def test_constants_are_folded_and_neither_recalibrated_nor_moved_elsewhere():
+    model = normkit.replace(small(), {"batch": "frozen"})
+    before = model(IMAGES)
+    folded, report = normkit.fold(model.train(), IMAGES, return_report=True)
+    assert [edit.new for edit in report.edits] == ["identity"]
+    close(before, folded(IMAGES), 1e-6)
+    with pytest.raises(NormError, match="that are not frozen"):
+        normkit.recalibrate(model, IMAGES)
+    with pytest.raises(NormError, match="one that can be trained, to be ported; got frozen batch norm of 8"):
+        normkit.port(model, to="torch")
+    half = copy.deepcopy(model).bfloat16()
+    assert half[1].running_var.dtype == torch.float32
+    assert half(IMAGES.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "said"),
+    [
+        (nn.BatchNorm3d(8), None, "must be given images"),
+        (nn.BatchNorm1d(8), (4, 8), "must be given images"),
+        (norm_layer("batch", 8), None, "takes any number of axes. hint: normkit.freeze; or an example"),
+        (norm_layer("batch", 8), SHAPES[1], "got another number of axes"),
+        (nn.GroupNorm(2, 8), None, "must have been one with kept statistics; got group norm of 8"),
+        (nn.LayerNorm((3, 8)), None, "frozen norm needs one axis of channels"),
+    ],
+)
+def test_what_cannot_be_constants(norm, shape, said):
+    model = nn.Sequential(copy.deepcopy(norm), nn.BatchNorm2d(8))
+    example = None if shape is None else values(shape)
+    if example is not None:
+        model = nn.Sequential(model[0])
+    report = normkit.replace(model, {type(norm): "frozen"}, example=example, dry_run=True)
+    assert said in report.kept[0].reason
+
+
+def test_frozen_is_no_normalizer_of_the_catalog():
+    with pytest.raises(NormError, match="must mean a layer of the model; got 'frozen'"):
+        normkit.replace(small(), {"frozen": "batch"})
+    with pytest.raises(NormError, match="a normalizer must be in the catalog; got 'frozen'"):
+        normkit.insert(small(), "frozen", IMAGES)
+    with pytest.raises(NormError, match="'frozen'"):
+        normkit.compare("cnn", norms=["frozen"])

@@ -39,6 +39,7 @@ class NormRecord:
             evaluation takes the statistics of its input.
         count: batches behind what is kept, None where they are not counted.
         spatial: number of axes besides batch and channels, None where the layer takes any.
+        frozen: whether it is batch norm with nothing to train: gamma, beta and what is kept are constants.
     """
 
     kind: str
@@ -59,11 +60,18 @@ class NormRecord:
     kept: Mapping[str, Any] = field(default_factory=dict)
     count: int | None = None
     spatial: int | None = None
+    frozen: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its short name: that in the catalog, or `frozen`."""
+        return "frozen" if self.frozen else self.kind
 
     @property
     def words(self) -> str:
         """The name in a sentence, with its size: `batch norm of 64`."""
-        return f"{CATALOG[self.kind].name.replace('_', ' ')} of {' x '.join(map(str, self.shape))}"
+        name = f"{'frozen ' if self.frozen else ''}{CATALOG[self.kind].name.replace('_', ' ')}"
+        return f"{name} of {' x '.join(map(str, self.shape))}"
 
     def gamma_for(self, gain: str) -> np.ndarray | None:
         """Gamma of the same layer with another gain."""

@@ -14,7 +14,7 @@ from normkit.core.algebra import largest_change
 from normkit.keras.graph import capture
 from normkit.keras.probe import as_arrays
 from normkit.keras.recording import array, given
-from normkit.keras.surgery import Changes, Subject, check_runs, evaluated, rebuilt, sites
+from normkit.keras.surgery import Changes, Subject, check_runs, evaluated, policy, rebuilt, sites
 from normkit.surgery.folding import Fold, changed, resembling, settled
 from normkit.surgery.graph import Node
 
@@ -83,7 +83,7 @@ class _Opened(Subject):
             ):  # RMS norm has no such argument: its scale stays at 1
                 configs[path] = {"center": False, "scale": False}
         instead = {
-            path: keras.layers.Identity(name=layers[path].name, dtype=dtype or layers[path].dtype_policy)
+            path: keras.layers.Identity(name=layers[path].name, dtype=dtype or policy(layers[path]))
             for path, left in leaves.items()
             if left == "nothing"
         }

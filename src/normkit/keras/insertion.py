@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from normkit.core.algebra import Pooled
+from normkit.core.algebra import Pooled, merge
 from normkit.core.record import NormRecord, TrackedLayer
 from normkit.errors import NormError, NormTypeError, NormValueError, message
 from normkit.keras import porting
@@ -18,7 +18,8 @@ from normkit.keras.factory import norm_layer
 from normkit.keras.graph import Flow, capture, functional, stock
 from normkit.keras.probe import own_errors
 from normkit.keras.recording import array, given, watching
-from normkit.keras.surgery import Changes, Subject, check_runs, like, rebuilt, sites
+from normkit.keras.surgery import Changes, Subject, check_runs, like, policy, rebuilt, sites
+from normkit.surgery import batches
 from normkit.surgery.conversion import write
 from normkit.surgery.graph import KNOWN, LINEAR, Graph, Node
 from normkit.surgery.insertion import (
@@ -117,7 +118,9 @@ class _Opened(Subject):
         where = f"{old}, {name} behind it" if place.side == "output" else f"{name} in front of {old}"
         return Edit(path, old, where, why)
 
-    def finish(self, places: Sequence[Place], *, identity: bool, inplace: bool, optimizer: Any) -> tuple[Any, float]:
+    def finish(
+        self, places: Sequence[Place], *, identity: bool, data: Any, inplace: bool, optimizer: Any
+    ) -> tuple[Any, float]:
         self.check(inplace, optimizer)
         made = {place: self._made[place] for place in places}
         if identity:
@@ -147,7 +150,8 @@ class _Opened(Subject):
         freed = {place: one.freed for place, one in made.items() if one.freed is not None}
         biases = {place: array(self._flow.variables[path].value) for place, path in freed.items()}
         if identity:
-            _calibrate(result, [(norms[place], biases.get(place)) for place in places], self._example)
+            known = [(norms[place], biases.get(place)) for place in places]
+            _calibrate(result, known, [self._example] if data is None else batches.inputs(data))
         else:
             for place, bias in biases.items():
                 record = porting.read(norms[place])
@@ -225,7 +229,7 @@ def _activation(layer: Any, names: set[str]) -> Any:
     name = _unused(f"{layer.name}_activation", names)
     if isinstance(layer.activation, keras.layers.Layer):
         return like(layer.activation, name, layer)
-    return keras.layers.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
+    return keras.layers.Activation(layer.activation, name=name, dtype=policy(layer))
 
 
 def _unused(name: str, names: set[str]) -> str:
@@ -238,25 +242,30 @@ def _unused(name: str, names: set[str]) -> str:
     return free
 
 
-def _calibrate(model: Any, norms: Sequence[tuple[Any, np.ndarray | None]], example: Any) -> None:
-    """Make each norm give in evaluation what comes in, by the statistics of the example, with the bias that is gone."""
-    seen: dict[int, NormRecord] = {}
+def _calibrate(model: Any, norms: Sequence[tuple[Any, np.ndarray | None]], data: Iterable[Any]) -> None:
+    """Make each norm give in evaluation what comes in, by the statistics of the data, with the bias that is gone."""
+    seen: dict[int, Pooled] = {}
 
-    def decide(number: int, measure: Callable[[], Pooled]) -> Pooled:
+    def passing(number: int, found: Pooled) -> NormRecord:
         norm, bias = norms[number]
-        record, found = porting.read(norm), measure()
+        record = porting.read(norm)
         assert record is not None
         if bias is None:
-            seen[number] = as_identity(record, found)
-        else:
-            seen[number] = without_bias(as_identity(record, found._replace(mean=found.mean + bias)), bias)
-        write(porting, norm, seen[number])  # so that the norms behind it are given what they will be given
-        var = seen[number].variance()
+            return as_identity(record, found)
+        return without_bias(as_identity(record, found._replace(mean=found.mean + bias)), bias)
+
+    def decide(number: int, measure: Callable[[], Pooled]) -> Pooled:
+        found = measure()
+        seen[number] = merge(*zip(seen[number], found, strict=True)) if number in seen else found
+        record = passing(number, found)
+        write(porting, norms[number][0], record)  # so that the norms behind it are given what they will be given
+        var = record.variance()
         assert var is not None
         return Pooled(found.count, found.mean, var)
 
     layers = [TrackedLayer(norm.name, norm, norm.epsilon, False) for norm, _ in norms]
     with watching(model, layers, decide) as run:
-        run(example)
-    for number, record in seen.items():
-        write(porting, norms[number][0], record)
+        for x in data:
+            run(x)
+    for number, found in seen.items():
+        write(porting, norms[number][0], passing(number, found))

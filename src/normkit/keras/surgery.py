@@ -20,7 +20,18 @@ from normkit.keras.probe import check_built, untouched
 from normkit.keras.recording import array, given
 from normkit.surgery.sites import Site
 
-__all__ = ["Changes", "Subject", "check_known", "check_runs", "evaluated", "like", "named_in", "rebuilt", "sites"]
+__all__ = [
+    "Changes",
+    "Subject",
+    "check_known",
+    "check_runs",
+    "evaluated",
+    "like",
+    "named_in",
+    "policy",
+    "rebuilt",
+    "sites",
+]
 
 _NAMES = {"gamma": "gamma", "beta": "beta", "mean": "moving_mean", "var": "moving_variance"}
 _MAY_GO = ("mask", "training")  # what Keras hands to those layers alone that take it
@@ -93,6 +104,11 @@ def named_in(model: Any, within: str = "") -> dict[int, str]:
     return found
 
 
+def policy(layer: Any) -> dict[str, Any]:
+    """The type of a layer as configs have it: layers without a `get_config` of their own keep what they are given."""
+    return dict(keras.dtype_policies.serialize(layer.dtype_policy))
+
+
 def like(layer: Any, name: str, old: Any) -> Any:
     """A layer of the same config that is not built, with a name, and the type and `trainable` of another layer.
 
@@ -100,7 +116,7 @@ def like(layer: Any, name: str, old: Any) -> Any:
         NormTypeError: where it cannot be made from its config.
     """
     try:
-        changes: dict[str, Any] = {"name": name, "dtype": old.dtype_policy}
+        changes: dict[str, Any] = {"name": name, "dtype": policy(old)}
         if not old.trainable:
             changes["trainable"] = False
         # One that chooses its groups by the input has done so by now.

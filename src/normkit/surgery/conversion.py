@@ -90,6 +90,9 @@ def _records(side: Porting, model: Any) -> Iterator[tuple[str, Any, NormRecord]]
 
 
 def _made(target: Porting, record: NormRecord, axis: int) -> Any:
+    if record.frozen:
+        must = "a layer must be one that can be trained, to be ported"
+        raise NormValueError(message(must, record.words, 'normkit.replace(model, {"frozen": "batch"}) first'))
     layer = target.make(record, axis)
     made = target.read(layer)
     assert made is not None

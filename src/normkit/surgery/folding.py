@@ -28,6 +28,15 @@ _MOVES = frozenset((
 ))
 # fmt: on
 
+# Norms that are functions, and the layers that do the same.
+_FUNCTIONS = {
+    "batch_norm": "nn.BatchNorm{n}d({channels})",
+    "instance_norm": "nn.InstanceNorm{n}d({channels})",
+    "layer_norm": "nn.LayerNorm",
+    "group_norm": "nn.GroupNorm",
+    "rms_norm": "nn.RMSNorm",
+}
+
 
 class Change(NamedTuple):
     """What happens to one linear map: y = scale * map(x) + shift, y = map(scale * x + shift), or its bias goes."""
@@ -114,7 +123,8 @@ def fold(
     Between norm and map may lie what only moves values: flatten, permute, reshape, dropout in evaluation mode. Products
     are taken in float64. Who feeds whom is read from the traced forward pass, not from the order of attributes. A norm
     stays, and the report says why, where anything else reads the value in between, a weight is used twice, the norm is
-    in training mode or called more than once, or hooks or parametrizations look at what would change.
+    in training mode or called more than once, or hooks or parametrizations look at what would change. So does a norm
+    that is a function (`F.batch_norm`): it would still be called.
 
     The folds are then tried on a copy of the model in float64 (in its own type where that does not work), on the
     example and on random inputs like it; what changes an output by more than 1e-10 of the largest is left out (1e-6
@@ -174,7 +184,7 @@ def fold(
     if dry_run:
         return report
     if not report.done and not return_report:
-        first = f"{edits[0].path}: {edits[0].reason}" if edits else "it has no norm"
+        first = f"{edits[0].path or edits[0].old}: {edits[0].reason}" if edits else "it has no norm"
         warnings.warn(f"nothing was folded; {first}. hint: return_report=True lists all reasons", stacklevel=2)
     result, difference = subject.finish(accepted, inplace=inplace, optimizer=optimizer)
     return (result, replace(report, difference=difference)) if return_report else result
@@ -243,7 +253,22 @@ def planned(subject: Opened) -> list[Fold | Edit]:
     plan = _Plan(subject)
     for site in sorted(subject.sites, key=lambda site: subject.graph.first_call(site.path)):
         plan.add(site)
-    return plan.found
+    norms = {site.path for site in subject.sites}
+    functions = [node for node in subject.graph.nodes if node.op in _FUNCTIONS and node.path not in norms]
+    return [*plan.found, *map(_function, functions)]
+
+
+def _function(node: Node) -> Edit:
+    """A norm that is a function stays.
+
+    Its statistics could be set to what changes nothing, and its map changed instead. But the function would still run,
+    so nothing would be gained, and the statistics would be lost.
+    """
+    shape = node.shape or ()
+    layer = _FUNCTIONS[node.op].format(n=max(1, len(shape) - 2), channels=shape[1] if len(shape) > 1 else "channels")
+    reads = f" with {', '.join(node.state.values())}" if node.state else ""
+    why = f"it is a function that this forward calls{reads}, and cannot be taken out: make it a layer, {layer}"
+    return Edit(node.path, node.op, None, why)
 
 
 class _Refused(Exception):  # noqa: N818  # the reason why a norm stays

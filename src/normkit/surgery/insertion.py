@@ -92,8 +92,13 @@ class Opened(Subject, Protocol):
     def prepared(self, place: Place) -> Edit:
         """Make the norm for a place. Raises NormValueError where it has nothing to normalize over there."""
 
-    def finish(self, places: Sequence[Place], *, identity: bool, inplace: bool, optimizer: Any) -> tuple[Any, float]:
-        """The model with norms at these places, and the relative change of its outputs in evaluation."""
+    def finish(
+        self, places: Sequence[Place], *, identity: bool, data: Any, inplace: bool, optimizer: Any
+    ) -> tuple[Any, float]:
+        """The model with norms at these places, and the relative change of its outputs on the example in evaluation.
+
+        With `identity` by the statistics of `data`, or of the example where that is None, and checked.
+        """
 
 
 def insert(
@@ -105,6 +110,7 @@ def insert(
     placement: Literal["before", "after"] = "before",
     except_last: bool = True,
     init: Literal["fresh", "identity"] = "fresh",
+    data: Any = None,
     inplace: bool = False,
     dry_run: bool = False,
     return_report: bool = False,
@@ -136,7 +142,10 @@ def insert(
         placement: `before` the activation or `after` it.
         except_last: leave out maps that no other linear map follows.
         init: `fresh` norms start at gamma 1 and beta 0. `identity` takes the statistics of the example and starts at
-            gamma = sqrt(var + eps), beta = mean: in evaluation nothing changes. For norms with kept statistics.
+            gamma = sqrt(var + eps), beta = mean: in evaluation nothing changes, which is tried on the example. For
+            norms with kept statistics.
+        data: with `init="identity"` the statistics are those of all this instead of the example's: an array, a loader
+            or a list of batches, as in `normkit.recalibrate`; merged in float64, however it is cut.
         inplace: change the model itself, all of it or nothing.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
@@ -147,7 +156,8 @@ def insert(
 
     Raises:
         NormTypeError: for what is no PyTorch model, a compiled or scripted one, an example that does not fit it.
-        NormValueError: for an unknown norm, where no place is found, `init="identity"` for other norms.
+        NormValueError: for an unknown norm, where no place is found, `init="identity"` for other norms or where it does
+            change the outputs, `data` without it.
 
     Example:
         >>> import normkit, torch
@@ -171,6 +181,9 @@ def insert(
         raise NormTypeError(message(must, repr(norm), "lambda channels: nn.BatchNorm2d(channels)"))
     if isinstance(norm, str):
         find(norm)
+    if data is not None and init != "identity":
+        must = "`data` must be left out unless statistics are taken"
+        raise NormValueError(message(must, f"data, and init={init!r}", 'init="identity"'))
     subject: Opened = opened("insertion", model, norm, example, frameworks=("torch", "keras"))
     subject.check(inplace, optimizer)
     found = planned(subject, after, placement, except_last)
@@ -185,7 +198,8 @@ def insert(
         raise NormValueError(
             message(must, report.reasons, "dry_run=True gives all reasons, after=[path] names a layer")
         )
-    result, change = subject.finish(places, identity=init == "identity", inplace=inplace, optimizer=optimizer)
+    options = {"identity": init == "identity", "data": data, "inplace": inplace, "optimizer": optimizer}
+    result, change = subject.finish(places, **options)
     return (result, dataclasses.replace(report, difference=change)) if return_report else result
 
 

@@ -19,9 +19,10 @@ from normkit.surgery.plan import Edit, Report
 from normkit.surgery.protocol import Subject, opened
 from normkit.surgery.sites import Site, named
 
-__all__ = ["Opened", "remove", "replace", "turned"]
+__all__ = ["Opened", "finished", "remove", "replace", "turned"]
 
 _KEEPING = ("batch", "ghost", "renorm")  # kept statistics of one mean and variance per channel
+_FROZEN = "frozen"  # batch norm as constants: no normalizer of its own, so not in the catalog
 _RATE = 0.1  # PyTorch's momentum, for norms made of one that kept nothing
 _VIRTUAL_BATCH_SIZE = 16
 _ARGUMENTS: dict[str, Constraint] = {
@@ -76,16 +77,20 @@ def replace(
     something different; with an `example` the report says by how much the outputs change. A norm that keeps statistics
     where the old one did not starts them at mean 0 and variance 1: train it, or `normkit.recalibrate` it.
 
+    `frozen` is batch norm whose gamma, beta and statistics are constants (:class:`normkit.torch.FrozenBatchNorm2d`), of
+    images: what keeps statistics can become that, with the same numbers in evaluation, and a frozen batch norm any
+    other norm. It is no normalizer of the catalog, so `normkit.insert` and `normkit.compare` do not know it.
+
     In PyTorch parameters that the new layer has too stay the same objects, as do hooks. Of Keras, Sequential and
     Functional models are built anew, as their layers are wired for good. In NNX the new layer is frozen, and trains
     or evaluates, as the old one did; subclasses with a `__call__` of their own are passed over.
 
     Args:
         model: a torch.nn.Module, a Sequential or Functional model of Keras, or an nnx.Module.
-        norms: what becomes what. Keys: a short name of the catalog, the class of a layer, the path of a layer, a
-            function of (path, layer); a path counts before a class or function, these before a short name. Values: a
-            short name, or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer, whose own
-            values then count.
+        norms: what becomes what. Keys: a short name of the catalog or `frozen`, the class of a layer, the path of a
+            layer, a function of (path, layer); a path counts before a class or function, these before a short name.
+            Values: a short name, or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer,
+            whose own values then count.
         accelerated: in place of `norms`: the own classes of torch.nn, Keras or Flax, and RMS and layer norms of PyTorch
             that a probe recognizes, become ours, with the same numbers and parameters. Other subclasses stay.
         example: inputs that the model takes, to measure the change.
@@ -119,7 +124,8 @@ def replace(
         raise NormTypeError(message("`norms` must be a mapping", repr(norms), '{"batch": "group"}'))
     for new in (norms or {}).values():
         if isinstance(new, str):
-            find(new)
+            if new != _FROZEN:
+                find(new)
         elif isinstance(new, type) or is_layer(new) or not callable(new):
             must = "values of `norms` must be short names, or functions from a record to a layer"
             raise NormTypeError(message(must, repr(new)))
@@ -138,7 +144,7 @@ def replace(
 
     edits = [_edit(subject, site, change) for site in subject.sites if site.path in chosen]
     options = {"inplace": inplace, "dry_run": dry_run, "return_report": return_report, "optimizer": optimizer}
-    return _finished("replace", model, subject, edits, **options)
+    return finished("replace", "replaced", model, subject, edits, **options)
 
 
 def remove(
@@ -190,7 +196,7 @@ def remove(
         return subject.take(site.path, None), "taken out"
 
     edits = [_edit(subject, site, change) for site in subject.sites if site.path in chosen]
-    return _finished("remove", model, subject, edits, **flags, optimizer=optimizer)
+    return finished("remove", "removed", model, subject, edits, **flags, optimizer=optimizer)
 
 
 def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: int | None = None) -> NormRecord:
@@ -198,7 +204,7 @@ def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: in
 
     Args:
         record: of the old norm.
-        kind: short name of the new one.
+        kind: short name of the new one, or `frozen`.
         groups: of group norm, None for the usual number.
         ndim: number of axes of its inputs, None where it is not known.
 
@@ -215,6 +221,12 @@ def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: in
     if record.kind == "rms" and kind != "rms" and gamma is not None:
         beta = np.zeros(record.shape)
     channels = record.shape[0]
+    frozen = kind == _FROZEN
+    if frozen:
+        if not record.kept:
+            hint = "normkit.freeze, which fixes gamma and beta"
+            raise NormValueError(message("a frozen norm must have been one with kept statistics", record.words, hint))
+        kind = "batch"
     kept: Mapping[str, Any] = {}
     if kind in _KEEPING:
         kept = record.kept or {"mean": np.zeros(channels), "var": np.ones(channels)}
@@ -234,13 +246,14 @@ def turned(record: NormRecord, kind: str, *, groups: int | None = None, ndim: in
         spatial=spatial,
         groups=groups if kind == "group" else None,
         virtual_batch_size=(record.virtual_batch_size or _VIRTUAL_BATCH_SIZE) if kind == "ghost" else None,
-        rate=record.rate if record.kept else _RATE,
+        rate=record.rate if record.kept and not record.frozen else _RATE,
         clips=(record.clips or RenormSchedule()) if kind == "renorm" else None,
         gain=gain,
         gamma=gamma,
         beta=beta,
         kept=kept,
         count=record.count if record.kept and kept else None,
+        frozen=frozen,
     )
 
 
@@ -251,7 +264,11 @@ def _carried(old: NormRecord, new: NormRecord) -> str:
     if new.beta is None and old.beta is not None and np.any(old.beta):
         words += ", beta is lost"
     if new.kept:
-        words += ", statistics too" if old.kept else "; its statistics start at 0 and 1: train or recalibrate it"
+        words += (
+            f", statistics too{', all as constants' if new.frozen else ''}"
+            if old.kept
+            else "; its statistics start at 0 and 1: train or recalibrate it"
+        )
     elif old.kept:
         words += "; no statistics are kept any more"
     alike = old.kind == new.kind or (old.kept and new.kept)
@@ -260,7 +277,7 @@ def _carried(old: NormRecord, new: NormRecord) -> str:
 
 def _named(subject: Opened, argument: str, keys: Any) -> dict[str, Any]:
     layers = {site.path: subject.layer(site.path) for site in subject.sites}
-    return named(argument, keys, layers, {site.path: site.record.kind for site in subject.sites})
+    return named(argument, keys, layers, {site.path: site.record.name for site in subject.sites})
 
 
 def _edit(subject: Opened, site: Site, change: Callable[[Site], tuple[str, str]]) -> Edit:
@@ -274,10 +291,15 @@ def _edit(subject: Opened, site: Site, change: Callable[[Site], tuple[str, str]]
     return Edit(site.path, str(site), new, why)
 
 
-def _finished(
+class _Finishing(Subject, Protocol):
+    def finish(self, *, inplace: bool, optimizer: Any) -> tuple[Any, float | None]: ...
+
+
+def finished(
     verb: str,
+    done: str,
     model: Any,
-    subject: Opened,
+    subject: _Finishing,
     edits: list[Edit],
     *,
     inplace: bool,
@@ -285,12 +307,13 @@ def _finished(
     return_report: bool,
     optimizer: Any,
 ) -> Any:
+    """What a verb returns once its edits are planned; `done` is its participle, for an error where there is nothing."""
     notes = (subject.without_optimizer,) if optimizer is None else ()
     report = Report(verb, type(model).__name__, None, tuple(edits), notes)
     if dry_run:
         return report
     if not report.done:
-        must = f"`model` must have a norm that can be {verb}d"
+        must = f"`model` must have a norm that can be {done}"
         raise NormValueError(message(must, report.reasons))
     result, difference = subject.finish(inplace=inplace, optimizer=optimizer)
     return (result, dataclasses.replace(report, difference=difference)) if return_report else result

@@ -26,6 +26,7 @@ from normkit.core.spec import ARGUMENTS, NormSpec
 from normkit.errors import NormRuntimeError, NormTypeError, NormValueError, message, nearest
 from normkit.torch._buffers import keep, recomputing, watched
 from normkit.torch._execute import accumulator, evaluate, normalize
+from normkit.torch._processes import highest, normalize_together
 
 __all__ = [
     "ACTIVATIONS",
@@ -79,13 +80,15 @@ def batch_norm(
     sample_weight: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """Batch normalization over all axes but the second (arXiv:1502.03167).
 
     In training, and wherever there are no running statistics, by the mean and biased variance of the batch; then
     `running_* += momentum * (batch - running_*)` in place, with the unbiased variance unless `bessel=False`.
     `momentum=None` averages all batches equally and needs `num_batches_tracked`. In evaluation by the running
-    statistics.
+    statistics. With a `process_group` of torch.distributed the batch is that of all its processes together, each of
+    which has to call this.
 
     Shapes: input (N, C, *S); running_mean, running_var, weight, bias (C,).
 
@@ -107,6 +110,7 @@ def batch_norm(
         sample_weight=sample_weight,
         activation=activation,
         residual=residual,
+        process_group=process_group,
     )
 
 
@@ -399,6 +403,7 @@ def _tracked(
     sizes: Sizes = (),
     clips: tuple[Any, Any] | None = None,
     untracked: NormSpec | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """Run a normalizer whose statistics may be kept: by those of the input, or by the kept ones."""
     _check(spec.name, momentum=momentum, nonfinite=nonfinite)
@@ -407,11 +412,13 @@ def _tracked(
         raise NormValueError(message(must, "None", "torch.zeros((), dtype=torch.long)"))
     p = _plan(spec, input, sizes)
     _check_affine(spec, p, input, weight, bias, kept)
-    x, real, w = _weighted(input, mask, sample_weight)
-    if kept is not None and not training:
+    if kept is not None and not training:  # evaluation asks no other process
+        x, real, _ = _weighted(input, mask, sample_weight)
         y = evaluate(spec, p, x, kept, weight, bias, eps)
         return _finish(y, input, real, activation, residual)
-    _check_values(spec, p, input)
+    x, real, w = _weighted(input, mask, sample_weight, process_group)
+    if process_group is None:  # of others the number of values is not known here
+        _check_values(spec, p, input)
     chosen = spec if kept is not None or untracked is None else untracked
     correct = None
     if clips is not None and kept is not None:
@@ -420,7 +427,12 @@ def _tracked(
             hint = "r and d come from running statistics that have moved since; keep this layer out of the checkpoint"
             raise NormRuntimeError(message(must, hint=hint))
         correct = formula.renorm(torch, kept, *clips, stop=Tensor.detach)
-    y, moments = normalize(chosen, p, x, weight, bias, eps, weight=w, correct=correct)
+    if process_group is None:
+        y, moments = normalize(chosen, p, x, weight, bias, eps, weight=w, correct=correct)
+    else:
+        wide = accumulator(x.dtype)
+        gamma, beta = (None if t is None else t.to(wide) for t in (weight, bias))
+        y, moments = normalize_together(chosen, p, x.to(wide), gamma, beta, eps, weight=w, group=process_group)
     if kept is not None:
         keep(spec, p, kept, number, moments, momentum=momentum, eps=eps, nonfinite=nonfinite)
     return _finish(y, input, real, activation, residual)
@@ -551,7 +563,7 @@ def _check_values(spec: NormSpec, p: NormPlan, input: Tensor) -> None:
 
 
 def _weighted(
-    input: Tensor, mask: Tensor | None, sample_weight: Tensor | None
+    input: Tensor, mask: Tensor | None, sample_weight: Tensor | None, process_group: Any = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (input with masked positions 0, mask, weights), the latter two with a channel axis of length 1 or None."""
     if mask is None and sample_weight is None:
@@ -568,8 +580,10 @@ def _weighted(
         weight = _placed("sample_weight", sample_weight, target, input).to(wide).detach()
         if not watched() and not bool(((weight >= 0) & weight.isfinite()).all()):
             raise NormValueError(message("`sample_weight` must be finite and >= 0", float(weight.min())))
-    if weight is not None and weight.numel():
-        top = weight.max()  # only proportions count; near 1 their squares neither vanish nor overflow
+    if weight is not None and (weight.numel() or process_group is not None):
+        # Only proportions count; near 1 their squares neither vanish nor overflow.
+        top = weight.max() if weight.numel() else weight.new_zeros(())
+        top = top if process_group is None else highest(top, process_group)
         weight = weight / torch.where(top > 0, top, 1.0)
     if mask is not None:
         if mask.dtype != torch.bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normkit.core.algebra import Pooled
-from normkit.errors import NormTypeError, message
+from normkit.core.algebra import Pooled, merge
+from normkit.errors import NormTypeError, NormValueError, message
+from normkit.surgery import batches
 from normkit.surgery.conversion import write
 from normkit.surgery.insertion import (
     Place,
@@ -44,6 +45,9 @@ from normkit.torch.surgery import (
 __all__ = ["opened", "take_out"]
 
 _CHILD = "norm"
+# Of the largest output, in float32 and wider: gamma and beta are rounded once, which depth amplifies. In narrower types
+# as many spacings.
+_UNCHANGED = 1e-5
 
 
 def opened(model: nn.Module, norm: str | Callable[..., Any], example: Any) -> _Opened:
@@ -143,20 +147,24 @@ class _Opened(Subject):
         where = f"{old}, {name} behind it" if place.side == "output" else f"{name} in front of {old}"
         return Edit(place.path, old, where, why)
 
-    def finish(self, places: Sequence[Place], *, identity: bool, inplace: bool, optimizer: Any) -> tuple[Any, float]:
+    def finish(
+        self, places: Sequence[Place], *, identity: bool, data: Any, inplace: bool, optimizer: Any
+    ) -> tuple[Any, float]:
         before = evaluated(self._model, self._example)
         old = dict(self._model.named_parameters())
         result = self._model if inplace else copied(self._model)
         with transaction(result) as changes:
             norms = {place: _put(changes, result, place, self._made[place]) for place in places}
             if identity:
-                _calibrate(result, list(norms.values()), self._example)
+                _calibrate(result, list(norms.values()), [self._example] if data is None else batches.inputs(data))
             for place in self._freed & norms.keys():
                 _move_bias(changes, result, place, norms[place])
-            after = evaluated(result, self._example)
+            change = largest_change(before, evaluated(result, self._example))
+            if identity:
+                _check_unchanged(result, change)
             if optimizer is not None:
                 carry(optimizer, old, dict(result.named_parameters()))
-        return result, largest_change(before, after)
+        return result, change
 
     def _may_lose_bias(self, place: Place, layer: nn.Module) -> bool:
         if place.bias is None or not computes_as_named(layer) or len(self.graph.readers(place.bias)) > 1:
@@ -177,15 +185,17 @@ def _put(changes: Transaction, model: nn.Module, place: Place, norm: nn.Module) 
     return norm
 
 
-def _calibrate(model: nn.Module, norms: Sequence[nn.Module], example: Any) -> None:
-    """Make each norm give in evaluation what comes in, by the statistics of the example."""
+def _calibrate(model: nn.Module, norms: Sequence[nn.Module], data: Iterable[Any]) -> None:
+    """Make each norm give in evaluation what comes in, by the statistics of all batches together."""
     seen: dict[nn.Module, Pooled] = {}
 
     def pass_on(norm: nn.Module, given: tuple[Tensor, ...], _: Any) -> Tensor:
         record = porting.read(norm)
         assert record is not None
         x = given[0].detach().double().movedim(record.axis, -1).flatten(0, -2)
-        seen[norm] = Pooled(len(x), x.mean(0).cpu().numpy(), x.var(0, correction=0).cpu().numpy())
+        if len(x):
+            batch = Pooled(len(x), x.mean(0).cpu().numpy(), x.var(0, correction=0).cpu().numpy())
+            seen[norm] = merge(*zip(seen[norm], batch, strict=True)) if norm in seen else batch
         return given[0]
 
     for norm in norms:
@@ -193,11 +203,26 @@ def _calibrate(model: nn.Module, norms: Sequence[nn.Module], example: Any) -> No
     with contextlib.ExitStack() as stack, untouched(model):
         for norm in norms:
             stack.callback(norm.register_forward_hook(pass_on).remove)
-        forward(model.eval(), as_tensors(example, model))
+        model.eval()
+        for batch in data:
+            forward(model, as_tensors(batch, model))
+    if not seen:
+        raise NormValueError(message("`data` must hold at least one batch", "none"))
     for norm, found in seen.items():
         record = porting.read(norm)
         assert record is not None
         write(porting, norm, as_identity(record, found))
+
+
+def _check_unchanged(model: nn.Module, change: float) -> None:
+    """Raise NormValueError where the outputs are not those of before, up to rounding."""
+    types = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    narrow = max((torch.finfo(dtype).eps for dtype in types), default=0.0)
+    limit = _UNCHANGED * max(1.0, narrow / torch.finfo(torch.float32).eps)
+    if not change <= limit:  # NaN is no agreement
+        must = f'with `init="identity"` outputs on the example must stay within {limit:.0e} of the largest'
+        hint = 'values far from zero or not finite, or a norm that computes more than its class says; init="fresh"'
+        raise NormValueError(message(must, f"a change of {change:.1e}; nothing was inserted", hint))
 
 
 def _move_bias(changes: Transaction, model: nn.Module, place: Place, norm: nn.Module) -> None:

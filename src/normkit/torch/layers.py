@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 Device = torch.device | str | int | None
+KEPT_WHOLE = "torch.nn (kept whole by torch.fx)"
 
 
 def _checked(layer: nn.Module, **arguments: Any) -> None:
@@ -78,7 +79,7 @@ class _Layer(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.__dict__["__module__"] = "torch.nn (kept whole by torch.fx)"
+        self.__dict__["__module__"] = KEPT_WHOLE
 
 
 class _Tracking(WideBuffers, _Layer):

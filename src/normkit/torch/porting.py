@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.torch import factory, layers
+from normkit.torch.constant import FrozenBatchNorm2d
 from normkit.torch.graph import computes_as_named
 
 __all__ = ["NAMES", "assign", "is_norm", "make", "read", "targets", "walk"]
@@ -20,6 +21,7 @@ _NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
     layers._BatchRenorm,
+    FrozenBatchNorm2d,
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
@@ -64,6 +66,8 @@ def read(layer: Any) -> NormRecord | None:
             spatial=_spatial(layer),
             **_arrays(layer),
         )
+    if isinstance(layer, FrozenBatchNorm2d):
+        return NormRecord("batch", (layer.num_features,), 1, layer.eps, spatial=2, frozen=True, **_arrays(layer))
     if isinstance(layer, nn.GroupNorm):
         return NormRecord("group", (layer.num_channels,), 1, layer.eps, groups=layer.num_groups, **_arrays(layer))
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
@@ -111,6 +115,12 @@ def assign(target: Tensor, value: np.ndarray) -> None:
 
 
 def _over_samples(record: NormRecord, axis: int) -> nn.Module:
+    if record.frozen:
+        if record.spatial != 2 or axis != 1:
+            got = "another number of axes" if record.spatial else "a layer that takes any number of axes"
+            hint = "normkit.freeze; or an example, which tells the number"
+            raise NormValueError(message("frozen batch norm must be given images (N, C, H, W)", got, hint))
+        return FrozenBatchNorm2d(record.shape[0], record.eps)
     anywhere = record.spatial not in (1, 2, 3) or axis != 1
     names = {"batch": "BatchNorm", "ghost": "GhostBatchNorm", "renorm": "BatchRenorm", "instance": "InstanceNorm"}
     name = names[record.kind]
@@ -154,7 +164,8 @@ def _affine(record: NormRecord) -> dict[str, Any]:
 
 def _spatial(layer: nn.Module) -> int | None:
     # 1d takes (N, C) and (N, C, L).
-    return {"2d": 2, "3d": 3}.get(type(layer).__name__[-2:])
+    kind = getattr(layer, "turned_from", None) or type(layer)  # of `normkit.sync`
+    return {"2d": 2, "3d": 3}.get(kind.__name__[-2:])
 
 
 def _arrays(layer: nn.Module) -> dict[str, Any]:

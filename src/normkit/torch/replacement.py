@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.surgery.conversion import write
-from normkit.surgery.plan import OLD_OPTIMIZER
 from normkit.surgery.sites import Site
 from normkit.torch import layers, porting
 from normkit.torch.insertion import take_out
-from normkit.torch.probe import as_tensors, forward, untouched
 from normkit.torch.sites import sites
-from normkit.torch.surgery import (
-    Subject,
-    carry,
-    check_plain,
-    check_runs,
-    copied,
-    evaluated,
-    largest_change,
-    obstacle,
-    transaction,
-)
+from normkit.torch.surgery import Subject, Transaction, called_with, changed, check_plain, check_runs, obstacle
 
 __all__ = ["opened"]
 
@@ -62,17 +49,12 @@ def opened(model: nn.Module, example: Any) -> _Opened:
 class _Opened(Subject):
     """See `normkit.surgery.replacement.Opened`."""
 
-    without_optimizer = OLD_OPTIMIZER
-
     def __init__(self, model: nn.Module, example: Any) -> None:
         self._model, self._example = model, example
         self._made: dict[str, nn.Module] = {}
         self.sites = tuple(site for site in sites(model) if site.path)  # the model itself has no place in a model
         self._sites = {site.path: site for site in self.sites}
-        self._ndims = {} if example is None else self._called_with()
-
-    def check(self, inplace: bool, optimizer: Any) -> None:
-        """PyTorch can."""
+        self._ndims = {} if example is None else called_with(model, self._sites, example)
 
     def layer(self, path: str) -> nn.Module:
         return self._model.get_submodule(path)
@@ -133,33 +115,14 @@ class _Opened(Subject):
         return name
 
     def finish(self, *, inplace: bool, optimizer: Any) -> tuple[Any, float | None]:
-        before = None if self._example is None else evaluated(self._model, self._example)
-        old = dict(self._model.named_parameters())
-        result = self._model if inplace else copied(self._model)
-        with transaction(result) as changes:
-            for path, made in self._made.items():
-                if isinstance(made, nn.Identity) and take_out(changes, result, path):
-                    continue
-                replaced = result.get_submodule(path)
-                _take_over(made, replaced, self._sites[path])
-                changes.replace(path, made)
-            after = None if self._example is None else evaluated(result, self._example)
-            if optimizer is not None:
-                carry(optimizer, old, dict(result.named_parameters()))
-        return result, None if before is None or after is None else largest_change(before, after)
+        return changed(self._model, self._change, example=self._example, inplace=inplace, optimizer=optimizer)
 
-    def _called_with(self) -> dict[str, int]:
-        found: dict[str, int] = {}
-        with contextlib.ExitStack() as stack, untouched(self._model):
-            for path in self._sites:
-
-                def called(_: nn.Module, given: tuple[Any, ...], path: str = path) -> None:
-                    if given and isinstance(given[0], Tensor):
-                        found[path] = given[0].dim()
-
-                stack.callback(self.layer(path).register_forward_pre_hook(called).remove)
-            forward(self._model, as_tensors(self._example, self._model))
-        return found
+    def _change(self, changes: Transaction, result: nn.Module) -> None:
+        for path, made in self._made.items():
+            if isinstance(made, nn.Identity) and take_out(changes, result, path):
+                continue
+            _take_over(made, result.get_submodule(path), self._sites[path])
+            changes.replace(path, made)
 
 
 def _take_over(made: nn.Module, old: nn.Module, site: Site) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from normkit.core.catalog import CATALOG, LAYER_2D, RMS_2D
 from normkit.core.plan import plan
 from normkit.core.record import NormRecord
 from normkit.core.spec import NormSpec
+from normkit.errors import message
 from normkit.surgery.sites import Site
 from normkit.torch.graph import computes_as_named
 from normkit.torch.porting import NAMES, read
 
-__all__ = ["recognize", "sites"]
+__all__ = ["recognize", "sites", "warn_of_functions"]
 
 # What authors call the values of a norm.
 _ROLES = {
@@ -44,6 +46,25 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield site
 
 
+def warn_of_functions(who: str, model: nn.Module, reached: Callable[[nn.Module], bool]) -> None:
+    """Warn of running statistics that are used by functions, such as `F.batch_norm`, and so are nobody's to look after.
+
+    Known by their names, on modules that are no norm. Frozen batch norms, which have no parameters, are meant to stay.
+    """
+    paths = [
+        path or type(module).__name__
+        for path, module in model.named_modules()
+        if {"running_mean", "running_var"} <= module._buffers.keys()
+        and module._buffers["running_mean"] is not None
+        and not reached(module)
+        and "frozen" not in type(module).__name__.lower()
+    ]
+    if paths:
+        must = f"{who} running statistics in batch norms alone, not those that a forward gives to functions"
+        hint = "make them layers: nn.BatchNorm2d(channels) in place of F.batch_norm"
+        warnings.warn(message(must, f"running_mean and running_var of {', '.join(paths)}", hint), stacklevel=3)
+
+
 def recognize(path: str, module: nn.Module) -> Site | None:
     """The site of a layer, None where it is no norm that we know."""
     if computes_as_named(module):
@@ -51,7 +72,7 @@ def recognize(path: str, module: nn.Module) -> Site | None:
         if record is None:
             return None
         names = {role: NAMES[role] for role in _present(record)}
-        constant = bool(record.kept) and not module.training
+        constant = bool(record.kept) and (record.frozen or not module.training)
         return Site(path, type(module).__name__, record, "class", names, constant)
     return _probed(path, module)
 
@@ -79,7 +100,9 @@ def _probed(path: str, module: nn.Module) -> Site | None:
         role: tensors[name].detach().double().cpu().numpy().copy() for role, name in names.items()
     }
     kept = {role: arrays.pop(role) for role in ("mean", "var") if tracked}
-    record = NormRecord(kind, shape, axis, eps, gain=gain, kept=kept, **arrays)
+    frozen = tracked and not any(True for _ in module.parameters())
+    spatial = 2 if frozen and type(module).__name__.endswith("2d") else None
+    record = NormRecord(kind, shape, axis, eps, gain=gain, kept=kept, spatial=spatial, frozen=bool(frozen), **arrays)
     return Site(path, type(module).__name__, record, "probe", names, bool(tracked))
 
 

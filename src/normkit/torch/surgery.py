@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from normkit.torch.probe import as_tensors, check_sized, forward, untouched
 __all__ = [
     "Subject",
     "Transaction",
+    "called_with",
     "carry",
+    "changed",
     "check_plain",
     "check_runs",
     "copied",
@@ -92,6 +94,21 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
         yield from tensors_in([getattr(output, name) for name in output.__dataclass_fields__])
 
 
+def called_with(model: nn.Module, paths: Iterable[str], example: Any) -> dict[str, int]:
+    """Number of axes of what the layers at these paths are called with on an example; nothing for those it misses."""
+    found: dict[str, int] = {}
+    with contextlib.ExitStack() as stack, untouched(model):
+        for path in paths:
+
+            def called(_: nn.Module, given: tuple[Any, ...], path: str = path) -> None:
+                if given and isinstance(given[0], Tensor):
+                    found[path] = given[0].dim()
+
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(called).remove)
+        forward(model, as_tensors(example, model))
+    return found
+
+
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Largest difference of an output, over its largest value."""
     wide = [[tensor.double().cpu().numpy() for tensor in tensors] for tensors in (before, after)]
@@ -132,6 +149,24 @@ def split(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return model.get_submodule(owner), name
 
 
+def changed(
+    model: nn.Module, change: Callable[[Transaction, nn.Module], None], *, example: Any, inplace: bool, optimizer: Any
+) -> tuple[Any, float | None]:
+    """The model, or a copy of it, with all that `change` does to it or nothing; an optimizer goes along.
+
+    Also by how much the outputs on the example change in evaluation, None without an example.
+    """
+    before = None if example is None else evaluated(model, example)
+    old = dict(model.named_parameters())
+    result = model if inplace else copied(model)
+    with transaction(result) as changes:
+        change(changes, result)
+        after = None if example is None else evaluated(result, example)
+        if optimizer is not None:
+            carry(optimizer, old, dict(result.named_parameters()))
+    return result, None if before is None or after is None else largest_change(before, after)
+
+
 class Transaction:
     """Changes of a model, each with what undoes it."""
 
@@ -155,6 +190,14 @@ class Transaction:
         before, old = type(owner), owner._modules.get(name)
         self._undo.append(lambda: _adopt(owner, name, old, before))
         _adopt(owner, name, new, kind)
+
+    def become(self, path: str, kind: type[nn.Module], gains: Mapping[str, Any], loses: Iterable[str] = ()) -> None:
+        """Give a layer another class and what that needs; all else of it, and the object, stay the same."""
+        layer = self._model.get_submodule(path)
+        before, members = type(layer), dict(vars(layer))
+        self._undo.append(lambda: _become(layer, before, members))
+        kept = {name: value for name, value in members.items() if name not in set(loses)}
+        _become(layer, kind, {**kept, **gains})
 
     def write(self, path: str, value: Any) -> None:
         """Give a parameter or buffer other values of the same shape; it stays the same object."""
@@ -244,6 +287,12 @@ def _adopt(owner: nn.Module, name: str, child: nn.Module | None, kind: type[nn.M
     if child is not None:
         owner._modules[name] = child
     owner.__class__ = kind
+
+
+def _become(layer: nn.Module, kind: type[nn.Module], members: Mapping[str, Any]) -> None:
+    layer.__class__ = kind
+    vars(layer).clear()
+    vars(layer).update(members)
 
 
 def _write(tensor: Tensor, value: Any) -> None:

@@ -355,7 +355,7 @@ BUILDS = {
     "raises": (raising, r"raising raised ValueError: no such thing \(line \d+ of test_training.py\)"),
     "takes nothing": (without_norm, "must have a linear map that a norm can follow; got dense"),
     "takes more": (two_arguments, r"must take a parameter `norm` or nothing, and no other .*\(missing.*'width'\)"),
-    "takes nothing, calls as it likes": (lambda: Residual(lambda **_: keras.layers.ReLU()), "or take `norm`; got Res"),
+    "has a call of its own": (lambda: Residual(lambda **_: keras.layers.ReLU()), "or take `norm`; got Residual"),
     "returns nothing": (lambda norm: None, "must return a Keras model; got NoneType"),
     "returns a class": (lambda norm: keras.Model, "must return a Keras model; got the class"),
     "returns a tensor": (lambda norm: norm()(keras.Input((5,))), "must return a Keras model; got KerasTensor"),

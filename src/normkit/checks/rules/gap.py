@@ -145,8 +145,9 @@ def never_trained(seen: Evidence, _: Limits) -> Iterator[Finding]:
         if layer.record.count:
             words += f", after {layer.record.count} batches"
         severity: Severity = "warning" if new(layer) else "error"
+        weight = 0.9 if new(layer) else 4.0  # that a layer is new is known to whoever added it
         values = {"updates": layer.record.count}
-        yield Finding(severity, layer.path, words, values, recalibration(seen), "statistics never trained", 4.0)
+        yield Finding(severity, layer.path, words, values, recalibration(seen), "statistics never trained", weight)
 
 
 @rule(
