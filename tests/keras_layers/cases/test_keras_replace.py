@@ -71,7 +71,8 @@ def normalized(kind, groups, eps, gamma, beta):
 
 
 PAIRS = [*(("batch", new) for new in MAKE), ("rms", "renorm"), ("instance", "ghost"), ("renorm", "batch"),
-         ("group", "group"), ("rms", "layer"), ("layer", "rms"), ("instance", "group"), ("group", "instance")]  # fmt: skip
+         ("group", "group"), ("rms", "layer"), ("layer", "rms"), ("instance", "group"),
+         ("group", "instance")]  # fmt: skip
 
 
 @once
@@ -184,7 +185,7 @@ def test_norms_are_found_wherever_the_model_calls_them():
     )
     assert report.difference > 0
     # What is left in their place can be changed again, and the outputs are the same with norms that do nothing.
-    again, report = normkit.insert(gone, "batch", x, init="identity", after="inner/dense", return_report=True)
+    _, report = normkit.insert(gone, "batch", x, init="identity", after="inner/dense", return_report=True)
     assert report.difference <= 10 * CLOSE
 
 
