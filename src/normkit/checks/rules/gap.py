@@ -124,6 +124,8 @@ def not_converged(seen: Evidence, limits: Limits) -> Iterator[Finding]:
 def _debiased(layer: Layer, left: float) -> Layer:
     """The same layer with its first values, mean 0 and variance 1, taken out of what it keeps."""
     kept = {name: (value - (left if name == "var" else 0.0)) / (1 - left) for name, value in layer.record.kept.items()}
+    if "var" in kept:  # below 0 where the first value was never in it
+        kept["var"] = np.maximum(kept["var"], 0.0)
     return replace(layer, record=replace(layer.record, kept=kept))
 
 
