@@ -76,29 +76,32 @@ def replace(
     something different; with an `example` the report says by how much the outputs change. A norm that keeps statistics
     where the old one did not starts them at mean 0 and variance 1: train it, or `normkit.recalibrate` it.
 
-    Parameters that the new layer has too stay the same objects, as do hooks.
+    In PyTorch parameters that the new layer has too stay the same objects, as do hooks. A Keras model is built anew
+    from the configs of its layers, the new ones under the names of the old, and is not compiled.
 
     Args:
-        model: a torch.nn.Module.
+        model: a torch.nn.Module, or a Sequential or Functional model of Keras, nested ones included.
         norms: what becomes what. Keys: a short name of the catalog, the class of a layer, the path of a layer, a
             function of (path, layer); a path counts before a class or function, these before a short name. Values: a
             short name, or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer, whose own
             values then count.
-        accelerated: in place of `norms`: torch.nn's own classes, and RMS and layer norms that a probe recognizes,
-            become ours, with the same numbers, parameters and `state_dict`. Other subclasses stay.
+        accelerated: in place of `norms`: the framework's own classes, and in PyTorch RMS and layer norms that a probe
+            recognizes, become ours, with the same numbers, parameters and `state_dict`. Other subclasses stay.
         example: inputs that the model takes, to measure the change.
         groups: of new group norms; None takes at most 32, that divide the channels.
-        inplace: change the model itself, all of it or nothing.
+        inplace: change the model itself, all of it or nothing. Not for Keras.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
-        optimizer: made for this model; its groups and state move to the parameters of the result.
+        optimizer: made for this model; its groups and state move to the parameters of the result. Not for Keras:
+            compile the result.
 
     Returns:
         A new model, in the modes it had. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for what is no PyTorch model, keys and values of another type.
-        NormValueError: for unknown names, keys that mean no norm of the model, and where no norm can be replaced.
+        NormTypeError: for another model, a subclassed Keras model, keys and values of another type.
+        NormValueError: for unknown names, keys that mean no norm of the model, where no norm can be replaced, a Keras
+            model that is not built, `inplace` or `optimizer` with Keras.
 
     Example:
         >>> import normkit, torch
@@ -148,26 +151,30 @@ def remove(
     return_report: bool = False,
     optimizer: Any = None,
 ) -> Any:
-    """Take norms out of a model: each becomes an identity, under its path; one that `insert` put in goes altogether.
+    """Take norms out of a model: each becomes an identity, under its path.
+
+    One that `insert` put into a PyTorch model goes altogether.
 
     The outputs change; with an `example` the report says by how much. `normkit.fold` takes norms out and keeps the
     outputs, where that is possible.
 
     Args:
-        model: a torch.nn.Module.
+        model: a torch.nn.Module, or a Sequential or Functional model of Keras, nested ones included.
         which: short names of the catalog, classes, paths and functions of (path, layer), one or a list of them.
         example: inputs that the model takes, to measure the change.
-        inplace: change the model itself, all of it or nothing.
+        inplace: change the model itself, all of it or nothing. Not for Keras.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
-        optimizer: made for this model; its groups and state move to the parameters of the result.
+        optimizer: made for this model; its groups and state move to the parameters of the result. Not for Keras:
+            compile the result.
 
     Returns:
         A new model, in the modes it had. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for what is no PyTorch model, entries of another type.
-        NormValueError: for entries that mean no norm of the model.
+        NormTypeError: for another model, a subclassed Keras model, entries of another type.
+        NormValueError: for entries that mean no norm of the model, a Keras model that is not built, `inplace` or
+            `optimizer` with Keras.
 
     Example:
         >>> import normkit, torch
