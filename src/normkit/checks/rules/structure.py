@@ -99,7 +99,7 @@ def missing(seen: Evidence, limits: Limits) -> Iterator[Finding]:
                 yield Finding("info", node.path, words, values, fix if seen.framework == "torch" else None)
 
 
-@rule("NK604", "dropout in front of batch norm", "graph", uses=("calls",), limits={"ratio": 1.1})
+@rule("NK604", "dropout in front of batch norm", "graph", uses=("calls", "trained calls"), limits={"ratio": 1.1})
 def dropout_in_front(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     """Dropout in training scales what it keeps by 1 / (1 - p): the mean stays, the variance grows.
 
