@@ -112,7 +112,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inside = self.relu1(self.norm1(self.conv1(x)))
-        return self.relu2(x + self.norm2(self.conv2(inside)))  # type: ignore[no-any-return]
+        return self.relu2(x + self.norm2(self.conv2(inside)))
 
 
 def residual() -> nn.Module:
@@ -134,7 +134,7 @@ class Sequences(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu1(self.norm1(self.embed(x.squeeze(1)).transpose(1, 2)))
         x = self.relu2(self.norm2(self.conv(x)))
-        return self.head(self.last(x.mean(2)))  # type: ignore[no-any-return]
+        return self.head(self.last(x.mean(2)))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"cnn": cnn, "mlp": mlp, "residual": residual, "sequence": Sequences}
@@ -215,7 +215,7 @@ def fault(code: str, words: str, *strengths: Any, models: tuple[str, ...] = tupl
     return register
 
 
-def count(twin: Twin, strength: str) -> int | None:
+def count(strength: str) -> int | None:
     """Of norms: one or all."""
     return 1 if strength == "one" else None
 
@@ -247,7 +247,7 @@ def slow(twin: Twin, strength: float) -> Twin:
 
 @fault("NK104", "norms whose buffers were not loaded", "one", "all")
 def not_loaded(twin: Twin, strength: str) -> Twin:
-    for _, norm in norms(twin.model)[: count(twin, strength)]:
+    for _, norm in norms(twin.model)[: count(strength)]:
         norm.reset_running_stats()
     return twin
 
@@ -286,7 +286,7 @@ def ordered(twin: Twin, strength: float) -> Twin:
 @fault("NK201", "NaN in channels of one layer", "one", "all")
 @torch.no_grad()
 def nan(twin: Twin, strength: str) -> Twin:
-    middle(twin.model).running_mean[: count(twin, strength)] = float("nan")
+    middle(twin.model).running_mean[: count(strength)] = float("nan")
     return twin
 
 
@@ -328,7 +328,7 @@ def gamma(twin: Twin, strength: float) -> Twin:
 
 @fault("NK301", "frozen but in training mode, up to norm", "one", "all")
 def frozen(twin: Twin, strength: str) -> Twin:
-    left = count(twin, strength) or len(norms(twin.model))
+    left = count(strength) or len(norms(twin.model))
     for module in twin.model.modules():
         if left and not list(module.children()):
             module.requires_grad_(False)
@@ -338,7 +338,7 @@ def frozen(twin: Twin, strength: str) -> Twin:
 
 @fault("NK302", "norms left in evaluation mode", "one", "all")
 def evaluating(twin: Twin, strength: str) -> Twin:
-    for _, norm in norms(twin.model)[: count(twin, strength)]:
+    for _, norm in norms(twin.model)[: count(strength)]:
         norm.eval()
     return twin
 
@@ -346,9 +346,9 @@ def evaluating(twin: Twin, strength: str) -> Twin:
 @fault("NK303", "norms that keep no statistics", "one", "all")
 def untracked(twin: Twin, strength: str) -> Twin:
     def bare(norm: Any) -> nn.Module:
-        return type(norm)(norm.num_features, track_running_stats=False)  # type: ignore[no-any-return]
+        return type(norm)(norm.num_features, track_running_stats=False)
 
-    return twin._replace(model=replaced(twin.model, Norm, bare, count(twin, strength)))
+    return twin._replace(model=replaced(twin.model, Norm, bare, count(strength)))
 
 
 class Leaning(nn.Module):
@@ -360,7 +360,7 @@ class Leaning(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.model(x)
-        return y + self.much * y.mean(0)  # type: ignore[no-any-return]
+        return y + self.much * y.mean(0)
 
 
 @fault("NK304", "share of the batch's mean output in each", 1e-6, 1e-3, 1e-2, 1.0)
@@ -392,10 +392,10 @@ class Again(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "checkpointed":
-            return checkpoint(self.norm, x, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(self.norm, x, use_reentrant=False)
         for _ in range(1, int(self.how)):
             self.norm(x)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)
 
 
 @fault("NK501", "calls of a norm on the same input", "1", "2", "3", "checkpointed")
@@ -412,7 +412,7 @@ class Views(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         other = x.flip(-1) + self.shift * x.std()
-        return self.model(self.norm(x)) + self.model(self.norm(other))  # type: ignore[no-any-return]
+        return self.model(self.norm(x)) + self.model(self.norm(other))
 
 
 @fault("NK502", "deviations between two inputs of one norm", 0, 0.3, 1, 3)
@@ -423,13 +423,13 @@ def views(twin: Twin, strength: float) -> Twin:
 def with_bias(layer: Any) -> nn.Module:
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, layer.out_features)
-    return type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)  # type: ignore[no-any-return]
+    return type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
 
 
 @fault("NK601", "maps with a bias in front of norms", "one", "all")
 def bias(twin: Twin, strength: str) -> Twin:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
-    return twin._replace(model=replaced(twin.model, kinds, with_bias, count(twin, strength)))
+    return twin._replace(model=replaced(twin.model, kinds, with_bias, count(strength)))
 
 
 @fault("NK602", "norms that are doubled", "one", "all")
@@ -437,7 +437,7 @@ def doubled(twin: Twin, strength: str) -> Twin:
     def twice(norm: Any) -> nn.Module:
         return nn.Sequential(norm, type(norm)(norm.num_features))
 
-    return twin._replace(model=replaced(twin.model, Norm, twice, count(twin, strength)))
+    return twin._replace(model=replaced(twin.model, Norm, twice, count(strength)))
 
 
 @fault("NK603", "of five norms are missing", 1, 2, models=("cnn", "residual"))
@@ -461,7 +461,7 @@ class Positions(nn.Module):
         self.embed, self.norm, self.head = nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.embed(x.squeeze(1))).relu().mean(1))  # type: ignore[no-any-return]
+        return self.head(self.norm(self.embed(x.squeeze(1))).relu().mean(1))
 
 
 @fault("NK605", "norms over another axis, of the same length or not told by the length", "one", "all",
@@ -470,7 +470,7 @@ def axis(twin: Twin, strength: str) -> Twin:
     if twin.name == "sequence":
         torch.manual_seed(twin.seed)
         return twin._replace(model=Positions())
-    return twin._replace(model=replaced(twin.model, Norm, lambda _: nn.LayerNorm(8), count(twin, strength)))
+    return twin._replace(model=replaced(twin.model, Norm, lambda _: nn.LayerNorm(8), count(strength)))
 
 
 @fault("NK606", "share of padding", 0, 0.05, 0.25, 0.5, models=("sequence",))
@@ -493,7 +493,7 @@ def not_held(twin: Twin, strength: str) -> Twin:
     model = twin.model
     if strength == "no parameter of the model":
         return twin._replace(optimizer=torch.optim.SGD(copy.deepcopy(model).parameters(), 0.1))
-    lost = {id(one) for _, norm in norms(model)[: count(twin, strength)] for one in norm.parameters()}
+    lost = {id(one) for _, norm in norms(model)[: count(strength)] for one in norm.parameters()}
     return twin._replace(optimizer=torch.optim.SGD([one for one in model.parameters() if id(one) not in lost], 0.1))
 
 
@@ -525,7 +525,7 @@ class Half(nn.Module):
         self.norm, self.model = nn.LayerNorm(8).half(), model
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(self.norm(x.half()).float())  # type: ignore[no-any-return]
+        return self.model(self.norm(x.half()).float())
 
 
 @fault("NK804", "largest float16 input over the largest float16", 0.1, 0.2, 0.5, 2)
