@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import normkit  # noqa: E402
-from normkit.checks.engine import RULES  # noqa: E402
+from normkit.checks.rule import RULES  # noqa: E402
 
 ENOUGH = 0.8
 
@@ -67,7 +67,7 @@ def test_a_last_batch_of_two():
     whole = (LEARN[0][: count - 2], LEARN[1][: count - 2])
     model, usual = fit(dense(momentum=0.9), loader(few, shuffle=False), 6), fit(dense(), loader(whole), 6, settle=True)
     before = accuracy(model)
-    found, _ = told(model, loader(few, shuffle=False), "NK102", "NK403")
+    found, _ = told(model, loader(few, shuffle=False), "NK102", "NK403", "NK801")
     assert {"NK101", "NK102"} <= {finding.code for finding in found.errors}
     line = next(finding.fix.line for finding in found.findings if finding.code == "NK102")
     followed(line, model=model, data=loader(few, shuffle=False))
