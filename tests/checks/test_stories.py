@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import normkit  # noqa: E402
-from normkit.checks.rule import RULES  # noqa: E402
+from normkit.checks.settings import RULES  # noqa: E402
 
 ENOUGH = 0.8
 
