@@ -45,7 +45,7 @@ def test_a_momentum_of_keras():
     assert finding.words == "momentum 0.99 keeps 99 % of the last batch alone"
     assert finding.cause == "a momentum of another framework (0.99)"
     assert finding.fix.line == "model[1].momentum = 0.01; normkit.recalibrate(model, data)"
-    assert finding.fix.arguments == {"path": "1", "momentum": pytest.approx(0.01)}
+    assert finding.fix.arguments == {"path": "1", "value": pytest.approx(0.01)}
     assert not finding.fix.safe
     assert not found("NK801", network(0.01, batches()), batches())
 
@@ -72,7 +72,7 @@ def test_a_momentum_of_zero_never_moves():
     (finding,) = found("NK801", model)
     assert finding.words == "momentum 0 never moves its statistics"
     assert finding.severity == "error"
-    assert finding.fix.arguments["momentum"] == 0.1
+    assert finding.fix.arguments["value"] == 0.1
     assert not found("NK801", normkit.freeze(model))
     bare = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=0.99, track_running_stats=False))
     assert not found("NK801", bare)
@@ -95,7 +95,7 @@ def layer(**values):
 def test_a_momentum_of_torch_in_keras(momentum, right):
     seen = Evidence("keras", "Functional", (layer(momentum=momentum, rate=1 - momentum),))
     (finding,) = RULES["NK801"](seen)
-    assert finding.fix.arguments["momentum"] == pytest.approx(right)
+    assert finding.fix.arguments["value"] == pytest.approx(right)
     for usual in (0.99, 0.9, 0.999, 0.5):
         healthy = dataclasses.replace(seen, layers=(layer(momentum=usual, rate=1 - usual),))
         assert not RULES["NK801"](healthy)

@@ -46,9 +46,9 @@ def test_stale_statistics_are_recalibrated_and_checked_again():
 
 
 CHANGES = {
-    "momentum": {"path": "1", "momentum": 0.5},
-    "eps": {"path": "1", "eps": 0.5},
-    "freeze": {"paths": ("",)},
+    "momentum": {"path": "1", "value": 0.5},
+    "eps": {"path": "1", "value": 0.5},
+    "freeze": {"path": ""},
     "replace": {"path": "1", "norm": "group"},
     "remove": {"path": "1"},
     "recalibrate": {},
@@ -69,7 +69,7 @@ def test_every_verb_changes_the_model_and_can_be_taken_back(verb):
 
 def test_a_part_of_a_model_is_frozen_with_all_its_norms():
     model = nn.ModuleDict({"body": network(), "bodybuilder": nn.BatchNorm1d(4)})
-    VERBS["freeze"].run(Subject(model, None, 1, lambda: None), paths=("body",))
+    VERBS["freeze"].run(Subject(model, None, 1, lambda: None), path="body")
     model.train()
     assert not model["body"][1].training
     assert model["bodybuilder"].training
@@ -77,7 +77,7 @@ def test_a_part_of_a_model_is_frozen_with_all_its_norms():
 
 def test_each_change_once_in_order_and_the_unsafe_ones_on_request():
     recalibrate = Fix("normkit.recalibrate(model, data)", "recalibrate", safe=True)
-    momentum = Fix("model[1].momentum = 0.1", "momentum", {"path": "1", "momentum": 0.1})
+    momentum = Fix("model[1].momentum = 0.1", "momentum", {"path": "1", "value": 0.1})
     person = Fix("DataLoader(..., drop_last=True)")
     findings = [Finding("error", "1", "", fix=fix) for fix in (recalibrate, recalibrate, person, momentum, None)]
     chosen, left = planned(findings, unsafe=False)

@@ -309,6 +309,18 @@ def test_after_names_layers(after, found):
 def test_the_last_ones_too():
     report = normkit.insert(plain().append(nn.ReLU()), "batch", images(), except_last=False, dry_run=True)
     assert places(report) == ["0", "2", "5", "7"]
+    report = normkit.insert(plain().append(nn.Softmax(-1)), "batch", images(), except_last=False, dry_run=True)
+    assert [edit.reason for edit in report.kept] == ["no activation follows"]  # a head is no attention
+
+
+def test_where_batches_are_counted_the_example_is_one():
+    """Else the first batch of the training would take its place in an average of all."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    x = images()
+    made = normkit.insert(model, lambda n: nn.BatchNorm2d(n, momentum=None), x, after="0", init="identity")
+    made.train()(x + 1)
+    means = [model[0](one).mean((0, 2, 3)) for one in (x, x + 1)]
+    torch.testing.assert_close(made[0].norm.running_mean, (means[0] + means[1]) / 2)
 
 
 def test_a_layer_under_two_names_stays_one():
@@ -451,6 +463,7 @@ def test_in_place_is_all_or_nothing(monkeypatch, error, moment):
     [
         ({"norm": "bach"}, "did you mean batch"),
         ({"norm": nn.BatchNorm2d}, "a function from the number of channels"),
+        ({"norm": nn.BatchNorm2d(4)}, "a function from the number of channels"),
         ({"norm": 3}, "a function from the number of channels"),
         ({"norm": lambda n: n}, "must give a torch.nn.Module"),
         ({"placement": "behind"}, "one of 'before', 'after'"),

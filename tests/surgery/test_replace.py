@@ -274,6 +274,7 @@ def test_the_schedule_of_renorm_goes_on_where_batch_norm_was():
         ({"norms": "group"}, "`norms` must be a mapping"),
         ({"norms": {"batch": "grop"}}, "did you mean group"),
         ({"norms": {"batch": nn.GroupNorm}}, "functions from a record to a layer"),
+        ({"norms": {"batch": nn.GroupNorm(2, 4)}}, "functions from a record to a layer"),
         ({"norms": {"layer": "group"}}, "must mean a layer of the model; got 'layer'. hint: known: batch"),
         ({"norms": {"btch": "group"}}, "did you mean batch"),
         ({"norms": {3: "group"}}, "must hold paths, classes, short names and functions"),

@@ -154,7 +154,7 @@ REMARKS = {
     "sync": Remark(
         "on several devices the batch is that of all of them, if norms are synchronized",
         {
-            "torch": "model = nn.SyncBatchNorm.convert_sync_batchnorm(model)",
+            "torch": "model = normkit.sync(model)",
             "keras": "layer = keras.layers.BatchNormalization(synchronized=True)",
         },
         (Fact("the normalization batch can be chosen by itself", "arXiv:1811.06992"),),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -28,16 +28,16 @@ class Subject:
     steps: int
     again: Callable[[], Diagnosis]
 
-    def norms(self, paths: Sequence[str]) -> list[Any]:
-        """The norm layers at or under these paths. Raises NormValueError where there is none."""
+    def norms(self, path: str) -> list[Any]:
+        """The norm layers at or under a path. Raises NormValueError where there is none."""
         side = porting(framework_of(self.model))
         found = [
             layer
             for own, layer in side.walk(self.model)
-            if any(path in ("", own) or own.startswith((f"{path}.", f"{path}/")) for path in paths)
+            if path in ("", own) or own.startswith((f"{path}.", f"{path}/"))
         ]
         if not found:
-            raise NormValueError(message("a path must be that of a norm layer, or of a part with one", repr(paths)))
+            raise NormValueError(message("a path must be that of a norm layer, or of a part with one", repr(path)))
         return found
 
     def structure(self) -> Undo:
@@ -70,9 +70,9 @@ def _recalibrate(subject: Subject) -> Undo:
     return undo
 
 
-def _freeze(subject: Subject, paths: Sequence[str]) -> Undo:
-    """Statistics, gamma and beta of all norms in these parts of the model."""
-    layers = subject.norms(paths)
+def _freeze(subject: Subject, path: str) -> Undo:
+    """Statistics, gamma and beta of a norm, or of all norms in a part of the model."""
+    layers = subject.norms(path)
     for layer in layers:
         freezing.freeze(layer)
 
@@ -83,13 +83,13 @@ def _freeze(subject: Subject, paths: Sequence[str]) -> Undo:
     return undo
 
 
-def _momentum(subject: Subject, path: str, momentum: float) -> Undo:
-    return _set(subject.norms([path])[0], "momentum", momentum)
+def _momentum(subject: Subject, path: str, value: float) -> Undo:
+    return _set(subject.norms(path)[0], "momentum", value)
 
 
-def _eps(subject: Subject, path: str, eps: float) -> Undo:
-    layer = subject.norms([path])[0]
-    return _set(layer, "eps" if hasattr(layer, "eps") else "epsilon", eps)
+def _eps(subject: Subject, path: str, value: float) -> Undo:
+    layer = subject.norms(path)[0]
+    return _set(layer, "eps" if hasattr(layer, "eps") else "epsilon", value)
 
 
 def _replace(subject: Subject, path: str, norm: str) -> Undo:
@@ -162,10 +162,11 @@ def repaired(subject: Subject, diagnosis: Diagnosis, unsafe: bool) -> Diagnosis:
     worse = _worse(diagnosis, after, done) if done else ""
     if worse:
         undo()
-        tried = "; ".join(fix.line for fix in done)
+        tried = "; ".join(dict.fromkeys(fix.line for fix in done))
         # Checked anew, so that the result is that of the model as it is.
         return replace(subject.again(), notes=(*notes, f"undone: {tried}: {worse}", *_left(left)))
-    return replace(after, notes=(*(f"done: {fix.line}" for fix in done), *notes, *_left(left)), fixed=tuple(done))
+    lines = dict.fromkeys(f"done: {fix.line}" for fix in done)  # one line may be for several layers
+    return replace(after, notes=(*lines, *notes, *_left(left)), fixed=tuple(done))
 
 
 def _left(fixes: list[Fix]) -> list[str]:

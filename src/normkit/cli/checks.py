@@ -227,7 +227,8 @@ def _weights(network: Any, found: Diagnosis, path: Path, model: str) -> tuple[st
     framework = framework_of(network)
     save(path, part(framework, "checkpoints").content(network, path), "`--fixed-out`")
     built = f"model = {function(model)}()"
-    code = [fix.line for fix in found.fixed if not VERBS[str(fix.verb)].stored]  # what weights do not hold
+    # What weights do not hold; one line may be for several layers.
+    code = list(dict.fromkeys(fix.line for fix in found.fixed if not VERBS[str(fix.verb)].stored))
     if framework == "keras":
         return (built, *code, f"model.load_weights({str(path)!r})")
     safe = path.suffix == ".safetensors"

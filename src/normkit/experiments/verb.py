@@ -65,9 +65,9 @@ def compare(
         model: `cnn` or `mlp`; by default the convolutional network for images, the perceptron for tables. Or a function
             `build(norm)` that returns a network, itself or as `file.py:build`; in it `norm(num_features)` gives a
             layer, `norm(num_features, activation)` one with its activation, in the order that the variant says. In
-            Keras `norm()` and `norm(activation="relu")` do; in Flax NNX it is `build(norm, rngs)`. A PyTorch `build()`
-            needs no `norm`: norms are put between its maps and activations (:func:`normkit.insert`), or in the place of
-            those it has (:func:`normkit.replace`).
+            Keras `norm()` and `norm(activation="relu")` do; in Flax NNX it is `build(norm, rngs)`. A `build()` of
+            PyTorch, or of a Sequential or Functional Keras model, needs no `norm`: norms are put between its maps and
+            activations (:func:`normkit.insert`), or in the place of those it has (:func:`normkit.replace`).
         data: `digits`, the path of an .npz file with x_train, y_train, x_test, y_test, a name or id of OpenML,
             `file.py:name`, or the thing itself: those four arrays, data sets, or loaders (train, validation, test).
         run: instead of both, a training loop `train(trial)`, itself or as `file.py:train`: any task and framework. It

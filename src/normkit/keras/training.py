@@ -174,6 +174,9 @@ _kept: dict[Setup, _Kept] = {}
 def trainer(setup: Setup) -> KerasTrainer:
     """A network with weights drawn from the seed.
 
+    A function of the user's that takes no `norm` gets the variant's norms by `normkit.insert`, or by `normkit.replace`
+    where its network has norms.
+
     Raises NormValueError where this norm or model makes no sense, and where a function of the user's raises, gives
     something else than it must, does not use the norm it was given, or has no place for `after`.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from normkit.checks import rules as _rules  # noqa: F401  # fills RULES
 from normkit.checks.findings import Diagnosis
 from normkit.checks.output import blocks, counted
 from normkit.checks.rule import RULES

@@ -132,10 +132,15 @@ def insert(
     bias that batch, ghost or instance norm or renorm subtracts again goes away; where statistics are kept their mean
     makes up for it.
 
+    A Keras model is built anew from the configs of its layers under their names, with the same weights, and is not
+    compiled. Norms are layers of it, `conv_norm` behind `conv`; an activation inside a layer comes behind the norm as
+    `conv_activation`. A norm takes the type and `trainable` of its layer. What a mask hides, norms with
+    statistics over positions give as 0, with `init="identity"` too.
+
     Args:
-        model: a torch.nn.Module.
-        norm: short name in the catalog; or a function from the number of channels to a layer, which is also given
-            `axis=-1` where they are last and there are more axes than two.
+        model: a torch.nn.Module, or a Sequential or Functional model of Keras, nested ones included.
+        norm: short name in the catalog; or a function from the number of channels to a layer. Where there are more axes
+            than two it is also given `axis=-1` in PyTorch if they are last, in Keras `axis=1` if they are not.
         example: inputs that the model takes: a tensor or array (N, ...); a dictionary of them, taken by name; a tuple
             or list of them.
         after: the maps, a list of classes, paths and functions of (path, layer); a path names a layer whatever follows.
@@ -146,18 +151,21 @@ def insert(
             norms with kept statistics.
         data: with `init="identity"` the statistics are those of all this instead of the example's: an array, a loader
             or a list of batches, as in `normkit.recalibrate`; merged in float64, however it is cut.
-        inplace: change the model itself, all of it or nothing.
+        inplace: change the model itself, all of it or nothing. Not for Keras.
         dry_run: return the report of what would be done, and do nothing.
         return_report: return (model, report).
-        optimizer: made for this model; its groups and state move to the parameters of the result.
+        optimizer: made for this model; its groups and state move to the parameters of the result. Not for Keras:
+            compile the result.
 
     Returns:
         A new model, in the modes it had. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for what is no PyTorch model, a compiled or scripted one, an example that does not fit it.
-        NormValueError: for an unknown norm, where no place is found, `init="identity"` for other norms or where it does
-            change the outputs, `data` without it.
+        NormTypeError: for another model, a compiled or scripted one, a subclassed Keras model or one with a layer that
+            cannot be made from its config, an example that does not fit, a layer or class as `norm`.
+        NormValueError: for an unknown norm, where no place is found, `init="identity"` for other norms or where it
+            does change the outputs, `data` without it, a Keras model that is not built, `inplace` or
+            `optimizer` with Keras.
 
     Example:
         >>> import normkit, torch
@@ -178,7 +186,7 @@ def insert(
     check("insert", _ARGUMENTS, {**given, "dry_run": dry_run, "return_report": return_report})
     if not isinstance(norm, str) and (isinstance(norm, type) or is_layer(norm) or not callable(norm)):
         must = "`norm` must be a short name, or a function from the number of channels to a layer"
-        raise NormTypeError(message(must, repr(norm), "lambda channels: nn.BatchNorm2d(channels)"))
+        raise NormTypeError(message(must, repr(norm), "lambda channels: MyNorm(channels)"))
     if isinstance(norm, str):
         find(norm)
     if data is not None and init != "identity":

@@ -105,8 +105,9 @@ def replace(
         A new model, in the modes it had. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for a model of another framework, keys and values of another type.
-        NormValueError: for unknown names, keys that mean no norm of the model, and where no norm can be replaced.
+        NormTypeError: for another model, a subclassed Keras model, keys and values of another type.
+        NormValueError: for unknown names, keys that mean no norm of the model, where no norm can be replaced, a Keras
+            model that is not built, `inplace` with Keras, `optimizer` with Keras or NNX.
 
     Example:
         >>> import normkit, torch
@@ -157,7 +158,9 @@ def remove(
     return_report: bool = False,
     optimizer: Any = None,
 ) -> Any:
-    """Take norms out of a model: each becomes an identity, under its path; one that `insert` put in goes altogether.
+    """Take norms out of a model: each becomes an identity, under its path.
+
+    One that `insert` put into a PyTorch model goes altogether.
 
     The outputs change; with an `example` the report says by how much. `normkit.fold` takes norms out and keeps the
     outputs, where that is possible.
@@ -176,8 +179,9 @@ def remove(
         A new model, in the modes it had. With `dry_run` the report.
 
     Raises:
-        NormTypeError: for a model of another framework, entries of another type.
-        NormValueError: for entries that mean no norm of the model.
+        NormTypeError: for another model, a subclassed Keras model, entries of another type.
+        NormValueError: for entries that mean no norm of the model, a Keras model that is not built, `inplace`
+            with Keras, `optimizer` with Keras or NNX.
 
     Example:
         >>> import normkit, torch

@@ -166,6 +166,7 @@ def test_nested_models_and_functions_are_looked_into():
     assert report.done[2].path.startswith("tail/")
     assert [edit.path for edit in report.kept] == ["last"]
     assert isinstance(folded.get_layer("backbone").get_layer("norm"), layers.Identity)
+    folded.get_config()  # which an identity of an unwritten type would not have
 
 
 def test_a_frozen_model_inside_stays_frozen():

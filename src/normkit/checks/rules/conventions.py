@@ -42,7 +42,7 @@ def momentum(seen: Evidence, limits: Limits) -> Iterator[Finding]:
         line = f"{seen.at(layer.path)}.momentum = {right:.4g}"
         if off:
             line += f"; normkit.recalibrate({seen.name}, {seen.data_name})"
-        fix = Fix(line, "momentum", {"path": layer.path, "momentum": right})
+        fix = Fix(line, "momentum", {"path": layer.path, "value": right})
         cause = f"a momentum of another framework ({layer.momentum:.4g})" if off else None
         severity: Severity = "error" if off and harmful(seen) else "warning"
         yield Finding(severity, layer.path, words, {"momentum": layer.momentum, "rate": rate}, fix, cause, 4.0)
@@ -114,7 +114,7 @@ def _set_eps(seen: Evidence, layer: Layer, eps: float) -> Fix | None:
     if layer.how == "probe":
         return None
     name = "eps" if seen.framework == "torch" else "epsilon"
-    return Fix(f"{seen.at(layer.path)}.{name} = {eps:g}", "eps", {"path": layer.path, "eps": eps})
+    return Fix(f"{seen.at(layer.path)}.{name} = {eps:g}", "eps", {"path": layer.path, "value": eps})
 
 
 def _default(seen: Evidence) -> float:

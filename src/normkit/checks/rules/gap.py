@@ -71,10 +71,11 @@ def stale_statistics(seen: Evidence, limits: Limits) -> Iterator[Finding]:
     They go stale where weights moved after the last updates: weight averaging, pruning, quantization, a loaded
     checkpoint of other data, a backbone that drifted. A channel is off if its kept mean is further than `shift`
     standard deviations from that of the data, or the variances differ by more than the factor `ratio`, and either by
-    more than `errors` standard errors of what so few batches can tell; a layer, if more than `share` of its channels
-    are. It is an error beyond `error`, unless evaluation is seen to be as good as training: little may depend on a
-    channel that hardly varies. Recalibrating replaces them by those of the data. For frozen layers, which keep them on
-    purpose, it is a note; for batches that do not hold a mixture of the data, never an error.
+    more than `errors` standard errors of what so few batches, and an average of the last ones, can tell; a layer, if
+    more than `share` of its channels are, since one of 16 is often off in healthy networks that still learn. It is an
+    error beyond `error`, unless evaluation is seen to be as good as training: little may depend on a channel that
+    hardly varies. Recalibrating replaces them by those of the data. For frozen layers, which keep them on purpose, it
+    is a note; for batches that do not hold a mixture of the data, never an error.
 
     Statistics that are those of the data in training mode are not stale: what differs then is dropout and what else is
     random in training.
@@ -124,6 +125,8 @@ def not_converged(seen: Evidence, limits: Limits) -> Iterator[Finding]:
 def _debiased(layer: Layer, left: float) -> Layer:
     """The same layer with its first values, mean 0 and variance 1, taken out of what it keeps."""
     kept = {name: (value - (left if name == "var" else 0.0)) / (1 - left) for name, value in layer.record.kept.items()}
+    if "var" in kept:  # below 0 where the first value was never in it
+        kept["var"] = np.maximum(kept["var"], 0.0)
     return replace(layer, record=replace(layer.record, kept=kept))
 
 
