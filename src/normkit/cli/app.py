@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from normkit.cli import surgery
+from normkit.cli import bench, surgery
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
@@ -203,6 +203,7 @@ def compare(
 
 for verb in surgery.VERBS:
     app.command(epilog=surgery.EXIT_CODES)(verb)
+app.command(epilog=bench.EXIT_CODES)(bench.bench)
 
 
 def _show(comparison: Comparison, report: Path, json: bool) -> None:
