@@ -34,9 +34,8 @@ BELOW = {
     "checks": {"errors", "files", "frameworks", "tables", "core", "surgery"},
     "report": {"errors", "core", "experiments"},
     "benchmarking": {"errors", "processes", "tables", "core", "kernels", "testing"},
-    "cli": {
-        "errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report", "benchmarking",
-    },
+    "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report"}
+    | {"benchmarking"},
 }
 # Files that hold a framework's side of something and may import it at the top.
 FRAMEWORK_FILES = {

@@ -25,7 +25,7 @@ def interpreter(module: str) -> list[str]:
 
 
 def pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """In the worker: (questions, answers). From here on it ends with its parent, and Ctrl-C is the parent's business."""
+    """In the worker: (questions, answers). It ends with its parent, and Ctrl-C is the parent's business."""
     # Ctrl-C reaches the whole group of processes; the parent decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

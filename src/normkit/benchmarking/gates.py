@@ -84,7 +84,7 @@ def _verdict(gate: Gate, found: Measurements) -> Verdict:
 
 def _copies(found: Measurements, case: Case, memory: str) -> float | None:
     own = found.of(case, memory, OWN)
-    return own and own.copies
+    return None if own is None else own.copies
 
 
 def _against(*peers: str, long: bool = False) -> Values:

@@ -6,6 +6,7 @@ anew: two calls that are not measured, then the timed ones. What else the machin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -104,10 +105,8 @@ class _Process:
         self._thread.join()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            try:
+            with contextlib.suppress(OSError):  # what was still to be written to it is lost, as it should be
                 pipe.close()
-            except OSError:
-                pass  # what was still to be written to it is lost, as it should be
 
     def _wait(self) -> tuple[bool | None, Any]:
         """(whether the process lives, its answer); (None, None) when the time is over."""
@@ -298,7 +297,7 @@ def _prepared(crew: _Crew, case: Case, peers: Sequence[Peer], copy: Peer, faults
             except PeerError as error:
                 faults.append(Fault(str(case), crew.memory, peer.name, str(error)))
         outputs = {peer.name: load(crew.folder, peer.name) for peer in ready if peer != copy}
-        mistakes = wrong(case, numbers, outputs)
+        mistakes = wrong(case, numbers, outputs, {peer.name: peer.room for peer in peers})
     finally:
         for peer in (*peers, copy):
             remove(crew.folder, peer.name)

@@ -11,17 +11,18 @@ __all__ = ["page"]
 
 _TOP = """# How fast
 
-Made by `normkit bench --from benchmarks/performance.csv --page docs/performance.md` from the rows of that file; `make bench`
-measures anew, appends to it and makes this page again.
+`make bench-page` makes this page from the rows of `benchmarks/performance.csv`; `make bench` measures anew, appends to
+that file and makes the page again.
 
 A step is forward and backward of the layer with gradients of the input, gamma and beta (evaluation: forward alone), on
-tensors that are there. Every peer is a process of its own, started once, with as many threads and cores as the others and
-OMP_WAIT_POLICY=passive. Before it is timed, its y, dx, dgamma and dbeta are compared with a float64 formula as a whole
-and with the reference on statistics drawn at random. In every round each peer has one turn, in an order drawn anew: two
-calls that are not measured, then the timed ones. A time is the median over the rounds of the median within a turn.
+tensors that are there. Every peer is a process of its own, started once, with as many threads and cores as the others
+and OMP_WAIT_POLICY=passive. Before it is timed, its y, dx, dgamma and dbeta are compared with a float64 formula as a
+whole and with the reference on statistics drawn at random: ours within the tolerance of the conformance suite, others
+within 16 times that. In every round each peer has one turn, in an order drawn anew: two calls that are not measured,
+then the timed ones. A time is the median over the rounds of the median within a turn.
 
-The unit is a copy of a tensor of the case into one that is there, by PyTorch's `copy_` in a process of its own that has its
-turn in every round: so it is the same code for every peer, and what a peer did to its allocator does not reach it.
+The unit is a copy of a tensor of the case into one that is there, by PyTorch's `copy_` in a process of its own that has
+its turn in every round: it is the same code for every peer, and what a peer did to its allocator does not reach it.
 
 Memory: *recycled* lets malloc reuse what was freed (`M_MMAP_THRESHOLD`, `M_TRIM_THRESHOLD`, `M_ARENA_MAX`), *fresh* is
 as the peer comes. "Eager" in a gate is the faster of PyTorch's layers with the activation in place and out of place."""
@@ -54,8 +55,8 @@ def markdown(table: Table) -> str:
 
 def _listed(run: dict[str, str]) -> str:
     return (
-        f"{run['date']}: {run['processor']}, {run['system']}, {run['threads']} threads, kernels for {run['instructions']}; "
-        f"{run['versions'].replace('=', ' ').replace(' ', ' ')}."
+        f"- {run['date']}: {run['processor']}, {run['system']}, {run['threads']} threads, kernels for "
+        f"{run['instructions']}; {run['versions'].replace(' ', ', ').replace('=', ' ')}."
     )
 
 

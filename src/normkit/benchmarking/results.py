@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -77,10 +78,10 @@ class Measurement:
         shape = tuple(int(length) for length in row["shape"].split("x"))
         layout: Any = row["layout"]
         case = Case(row["norm"], shape, row["activation"] or None, layout, row["dtype"], row["mode"] == "train")
-        times = [float(row[name]) for name in ("ms", "lower_ms", "upper_ms", "copy_ms")]
+        ms, lower, upper, copy = (float(row[name]) for name in ("ms", "lower_ms", "upper_ms", "copy_ms"))
         pages = float(row["faults"]) if row["faults"] else None
         under = {name: row[name] for name in CIRCUMSTANCES}
-        return cls(case, row["memory"], row["peer"], *times, pages, int(row["rounds"]), under)
+        return cls(case, row["memory"], row["peer"], ms, lower, upper, copy, pages, int(row["rounds"]), under)
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,10 @@ class Measurements(Result):
             own = self.of(case, memory, first)
             some = next(row for row in self.rows if (row.case, row.memory) == (case, memory))
             cells = [str(case), memory, number(some.copy_ms)]
-            cells += [number(own and own.ms), number(own and own.copies)]
+            cells += ["-", "-"] if own is None else [number(own.ms), number(own.copies)]
             for peer in others:
                 other = self.of(case, memory, peer)
-                cells.append(f"{other.ms / own.ms:.2f}" if own and other else other and number(other.ms) or "-")
+                cells.append(f"{other.ms / own.ms:.2f}" if own and other else "-")
             rows.append(cells)
         headings = ["case", "memory", "copy ms", f"{first} ms", "copies", *(f"{peer} / {first}" for peer in others)]
         return Table(headings, rows, words=2, title="\n".join(self._notes()) if notes else "")
@@ -179,30 +180,28 @@ def append(path: Path, rows: Sequence[Measurement]) -> None:
     if path.exists() and path.stat().st_size:
         with path.open(newline="") as file:
             _check_columns(path, next(csv.reader(file), []))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             size = os.fstat(descriptor).st_size
-            if size == 0:
-                writer.writeheader()
-            writer.writerows(row.row() for row in rows)
-            content = buffer.getvalue().encode()
-            try:
-                written = os.write(descriptor, content)
-            except OSError:
-                written = 0
-                raise
-            finally:
-                if written != len(content):  # a full disk
-                    os.ftruncate(descriptor, size)
-            if written != len(content):
-                raise OSError(28, "No space left on device")
+            content = _written(rows, heading=size == 0)
+            if os.write(descriptor, content) != len(content):
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise NormRuntimeError(message("`--csv` must be a file that can be written", f"{path} ({error.strerror})"))
+        must = "`--csv` must be a file that can be written"
+        raise NormRuntimeError(message(must, f"{path} ({error.strerror})")) from error
+
+
+def _written(rows: Sequence[Measurement], *, heading: bool) -> bytes:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    if heading:
+        writer.writeheader()
+    writer.writerows(row.row() for row in rows)
+    return buffer.getvalue().encode()
 
 
 def read(path: Path, peers: Sequence[str]) -> Measurements:
@@ -214,13 +213,14 @@ def read(path: Path, peers: Sequence[str]) -> Measurements:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             _check_columns(path, reader.fieldnames or [])
-            rows = [Measurement.of_row(row) for row in reader]
+            lines = list(reader)
     except OSError as error:
-        raise NormValueError(message("the CSV file must be one that can be read", f"{path} ({error.strerror})")) from error
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, NormValueError):
-            raise
-        raise NormValueError(message("every row of the CSV file must be whole", f"{error} in {path}")) from error
+        must = "the CSV file must be one that can be read"
+        raise NormValueError(message(must, f"{path} ({error.strerror})")) from error
+    try:
+        rows = [Measurement.of_row(line) for line in lines]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise NormValueError(message("every row of the CSV file must be whole", f"{path} ({error})")) from error
     newest: dict[tuple[Case, str], tuple[bool, str]] = {}
     for row in rows:
         key, run = (row.case, row.memory), (row.peer in peers[:1], row.circumstances["date"])

@@ -32,6 +32,12 @@ class Given:
         """By name, without what there is none of."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array]) -> Given:
+        """From what :meth:`arrays` gave."""
+        x, dy, gamma, mean, var = (arrays[name] for name in ("x", "dy", "gamma", "mean", "var"))
+        return cls(x, dy, gamma, arrays.get("beta"), mean, var)
+
 
 def save(folder: Path, name: str, arrays: Mapping[str, Array]) -> None:
     """Write arrays as `name.key.npy`, from which :func:`load` reads them."""

@@ -78,7 +78,7 @@ class _Timer:
 
     def prepare(self, question: Prepare) -> None:
         self.drop()
-        given = Given(**{"beta": None, **load(question.folder, "given")})
+        given = Given.of(load(question.folder, "given"))
         self._runner = self._make(question.case, given)
         save(question.folder, question.name, self._runner.outputs(self._runner.step()))
 

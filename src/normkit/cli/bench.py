@@ -75,7 +75,8 @@ def bench(
     page_: Annotated[
         Path | None,
         typer.Option(
-            "--page", help="Write the page with gates and measurements, from the CSV file if one is named.",
+            "--page",
+            help="Write the page with gates and measurements, from the CSV file if one is named.",
             show_default=False,
         ),
     ] = None,

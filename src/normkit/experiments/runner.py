@@ -104,7 +104,13 @@ class _Worker:
     def __init__(self, number: int, job: Job, answers: queue.SimpleQueue[Any], log: IO[bytes] | None) -> None:
         # One thread per worker, also for libraries that read the environment when they are loaded.
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(interpreter("normkit.experiments.worker"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=env)
+        self.process = subprocess.Popen(
+            interpreter("normkit.experiments.worker"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=env,
+        )
         self.questions: queue.SimpleQueue[tuple[Any, str] | None] = queue.SimpleQueue()
         self._number, self._answers = number, answers
         self._thread = threading.Thread(target=self._talk, args=(pickle.dumps(job),), daemon=True)
