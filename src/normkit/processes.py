@@ -5,16 +5,19 @@ They are started as fresh interpreters and not through multiprocessing, which wo
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-__all__ = ["ended", "interpreter", "pipes"]
+__all__ = ["ended", "interpreter", "serve"]
 
 _MAIN = "import sys; sys.path[:] = {path!r}; from {module} import main; main()"
 
@@ -24,8 +27,22 @@ def interpreter(module: str) -> list[str]:
     return [sys.executable, "-c", _MAIN.format(path=sys.path, module=module)]
 
 
-def pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """In the worker: (questions, answers). It ends with its parent, and Ctrl-C is the parent's business."""
+def serve(begin: Callable[[Any], Callable[[Any], Any]]) -> None:
+    """In the worker: answer questions, until there are no more or the parent is gone.
+
+    What is read first has no answer: `begin` gets it and returns what answers all that follows. From here on the
+    process ends with its parent, and Ctrl-C is the parent's business.
+    """
+    questions, answers = _pipes()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        answer = begin(pickle.load(questions))
+        while True:
+            pickle.dump(answer(pickle.load(questions)), answers)
+            answers.flush()
+
+
+def _pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """Return (questions, answers)."""
     # Ctrl-C reaches the whole group of processes; the parent decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

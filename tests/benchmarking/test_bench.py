@@ -124,7 +124,7 @@ def test_peers_that_fail_are_named_and_the_others_go_on(tmp_path, monkeypatch):
     assert [row.peer for row in result.rows] == ["right", "hangs_on_large", "right", "right", "hangs_on_large"]
     said = [f"{fault.peer} {fault.what}" for fault in result.faults]
     assert f"raises failed while making {SMALL} ready: ValueError: does not do that" in said
-    assert any(text.startswith("no_such failed while starting: AttributeError") for text in said)
+    assert any(text.startswith(f"no_such failed while making {SMALL} ready: AttributeError") for text in said)
     # These end the process: it is started again once.
     assert [text for text in said if text.startswith("dies")] == [
         f"dies died (SIGKILL) while making {case} ready" for case in (SMALL, LARGER)

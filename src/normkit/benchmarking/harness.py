@@ -69,16 +69,20 @@ class _Process:
         self._answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
-        self._starting = True  # all start together: what they answer to the first question is read with the next one
         self._send(Setup(peer.make, memory, threads), "starting")
 
     def ask(self, question: Any, what: str) -> Any:
         """The answer; `what` says in an error what was going on. Raises PeerError, and ends a process that hangs."""
-        if self._starting:
-            self._receive("starting")
-            self._starting = False
         self._send(question, what)
-        return self._receive(what)
+        alive, answer = self._wait()
+        if alive is None:
+            self.end()
+            raise PeerError(f"took more than {self._timeout:g} s while {what}", dead=True)
+        if not alive:
+            raise self._death(what)
+        if isinstance(answer, Failure):
+            raise PeerError(f"failed while {what}: {answer.text}", dead=answer.final)
+        return answer
 
     def _send(self, question: Any, what: str) -> None:
         assert self._process.stdin is not None
@@ -88,18 +92,8 @@ class _Process:
         except OSError:
             raise self._death(what) from None
 
-    def _receive(self, what: str) -> Any:
-        alive, answer = self._wait()
-        if alive is None:
-            self.end()
-            raise PeerError(f"took more than {self._timeout:g} s while {what}", dead=True)
-        if not alive:
-            raise self._death(what)
-        if isinstance(answer, Failure):
-            raise PeerError(f"failed while {what}: {answer.text}", dead=self._starting)
-        return answer
-
     def end(self) -> None:
+        """Kill it, and wait until it and the thread that listens to it have ended."""
         self._process.kill()
         self._process.wait()
         self._thread.join()

@@ -9,16 +9,14 @@ import ctypes
 import gc
 import importlib
 import os
-import pickle
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from normkit.benchmarking.cases import Case
 from normkit.benchmarking.values import Given, load, save
-from normkit.processes import pipes
+from normkit.processes import serve
 
 __all__ = ["DROP", "MEMORIES", "Failure", "Prepare", "Setup", "Time", "Timing", "main"]
 
@@ -63,7 +61,7 @@ class Failure(NamedTuple):
     """What a question raised, in words."""
 
     text: str
-    trace: str
+    final: bool = False  # whether every other question would raise the same
 
 
 class _Timer:
@@ -126,24 +124,21 @@ def _page_faults() -> int | None:
 
 def main() -> None:
     """Serve one parent: a Setup comes first, then Prepare, Time and DROP."""
-    questions, answers = pipes()
-    timer: _Timer | None = None
-    try:
-        while True:
-            question = pickle.load(questions)
-            answer: Any
-            if isinstance(question, Setup):
-                answer = timer = _answer(_Timer, question)
-            elif isinstance(question, Prepare):
-                answer = _answer(timer.prepare, question)  # type: ignore[union-attr]
-            elif isinstance(question, Time):
-                answer = _answer(timer.time, question.calls)  # type: ignore[union-attr]
-            else:
-                answer = _answer(timer.drop)  # type: ignore[union-attr]
-            pickle.dump(None if isinstance(answer, _Timer) else answer, answers)
-            answers.flush()
-    except (EOFError, BrokenPipeError):
-        return  # no more questions, or the parent is gone
+    serve(_begin)
+
+
+def _begin(setup: Setup) -> Callable[[Any], Any]:
+    timer = _answer(_Timer, setup)
+    if isinstance(timer, Failure):
+        failure = timer._replace(final=True)
+        return lambda _: failure
+
+    def answer(question: Any) -> Any:
+        if isinstance(question, Prepare):
+            return _answer(timer.prepare, question)
+        return _answer(timer.time, question.calls) if isinstance(question, Time) else _answer(timer.drop)
+
+    return answer
 
 
 def _answer(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -151,4 +146,4 @@ def _answer(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except Exception as error:
         said = " ".join(str(error).split())
-        return Failure(f"{type(error).__name__}: {said}" if said else type(error).__name__, traceback.format_exc())
+        return Failure(f"{type(error).__name__}: {said}" if said else type(error).__name__)

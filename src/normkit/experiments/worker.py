@@ -6,14 +6,13 @@ a script that calls `normkit.compare` without a main guard would start itself wi
 
 from __future__ import annotations
 
-import pickle
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from normkit.errors import NormError
-from normkit.experiments.session import Session
-from normkit.processes import pipes
+from normkit.experiments.session import Job, Session
+from normkit.processes import serve
 
 __all__ = ["PLAN", "Failure", "main"]
 
@@ -30,21 +29,22 @@ class Failure(NamedTuple):
 
 def main() -> None:
     """Serve one parent: a Job comes first, PLAN is answered with its plan, a TrialConfig with its result."""
-    questions, answers = pipes()
-    try:
-        job = pickle.load(questions)
-        session: Session | None = None
-        while True:
-            question = pickle.load(questions)
-            if session is None:
-                answer = _answer(Session, job)
-                session = answer if isinstance(answer, Session) else None
-            if session is not None:
-                answer = _answer(session.plan) if question == PLAN else _answer(session.run, question)
-            pickle.dump(answer, answers)
-            answers.flush()
-    except (EOFError, BrokenPipeError):
-        return  # no more questions, or the parent is gone
+    serve(_begin)
+
+
+def _begin(job: Job) -> Callable[[Any], Any]:
+    session: Session | None = None
+
+    def answer(question: Any) -> Any:
+        nonlocal session
+        if session is None:
+            made = _answer(Session, job)
+            if not isinstance(made, Session):
+                return made
+            session = made
+        return _answer(session.plan) if question == PLAN else _answer(session.run, question)
+
+    return answer
 
 
 def _answer(function: Callable[..., Any], *arguments: Any) -> Any:
