@@ -2,6 +2,8 @@
 # make demo-keras  the classic Keras CNN with and without batch normalization, and a trap: a table, a picture
 # make test        lint, types and tests, with the time of each area
 # make test-all    the same, and the tests marked long
+# make bench       the speed of norms beside PyTorch, JAX and Keras, on a machine that does nothing else: docs/performance.md
+# make bench-page  that page again, from the rows that are there
 # make format      rewrite the code in its own style
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-keras test test-all check format clean
+.PHONY: demo demo-keras test test-all check bench bench-page format clean
 
 demo: $(READY)
 	$(BIN)/normkit compare cnn --data digits
@@ -27,6 +29,12 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/normkit bench --csv benchmarks/performance.csv --page docs/performance.md
+
+bench-page: $(READY)
+	$(BIN)/normkit bench --from benchmarks/performance.csv --page docs/performance.md
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

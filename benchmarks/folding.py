@@ -14,7 +14,6 @@ import argparse
 import copy
 import csv
 import itertools
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import transformers
 from torch import nn
 
 import normkit
+from normkit.benchmarking.circumstances import processor
 from normkit.tables import Table
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -79,13 +79,6 @@ def pairs(unfolded: nn.Module, folded: nn.Module, x: torch.Tensor, repetitions: 
         if turn >= 0:
             measured.append((took[id(unfolded)], took[id(folded)]))
     return measured
-
-
-def processor() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def row(name: str, dtype: str, layout: str, batch: int, arguments: argparse.Namespace) -> dict[str, object]:

@@ -25,6 +25,7 @@ BUDGETS = {
     "surgery": 120,
     "checks": 120,
     "cli": 60,
+    "benchmarking": 30,
     "docs": 60,
     "kernels": 60,
     "project": 60,

@@ -22,23 +22,27 @@ BELOW = {
     "files": {"errors"},
     "frameworks": {"errors"},
     "tables": {"errors", "files"},
+    "processes": set(),
     "core": {"errors"},
     "kernels": {"errors", "core"},
     "torch": {"errors", "core", "kernels", "surgery", "checks", "tables"},
     "keras": {"errors", "core", "kernels", "surgery", "checks"},
     "nnx": {"errors", "core", "kernels", "surgery"},
     "testing": {"errors", "core", "checks"},
-    "experiments": {"errors", "files", "frameworks", "tables", "core", "kernels"},
+    "experiments": {"errors", "files", "frameworks", "processes", "tables", "core", "kernels"},
     "surgery": {"errors", "frameworks", "tables", "core"},
     "checks": {"errors", "files", "frameworks", "tables", "core", "surgery"},
     "report": {"errors", "core", "experiments", "checks"},
-    "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report", "checks"},
+    "benchmarking": {"errors", "processes", "tables", "core", "kernels", "testing"},
+    "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report", "checks"}
+    | {"benchmarking"},
 }
 # Files that hold a framework's side of something and may import it at the top.
 FRAMEWORK_FILES = {
-    "torch": ("torch/", "testing/torch"),
-    "keras": ("keras/", "testing/keras"),
-    "jax": ("nnx/", "testing/nnx"),
+    "torch": ("torch/", "testing/torch", "benchmarking/peers/torch"),
+    "keras": ("keras/", "testing/keras", "benchmarking/peers/keras"),
+    "tensorflow": ("benchmarking/peers/keras",),
+    "jax": ("nnx/", "testing/nnx", "benchmarking/peers/jax"),
     "flax": ("nnx/", "testing/nnx"),
 }
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from normkit.cli import checks, surgery
+from normkit.cli import bench, checks, surgery
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
@@ -212,6 +212,7 @@ def kernels(json: Annotated[bool, typer.Option("--json", help="Print the table a
 
 for verb in surgery.VERBS:
     app.command(epilog=surgery.EXIT_CODES)(verb)
+app.command(epilog=bench.EXIT_CODES)(bench.bench)
 app.command(epilog=checks.EXIT_CODES)(checks.check)
 for verb in (checks.explain, checks.advise):
     app.command()(verb)

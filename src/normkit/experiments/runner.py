@@ -6,9 +6,7 @@ import contextlib
 import os
 import pickle
 import queue
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -24,10 +22,10 @@ from normkit.experiments.results import TrialResult
 from normkit.experiments.session import Job, Plan
 from normkit.experiments.store import Store
 from normkit.experiments.worker import PLAN, Failure
+from normkit.processes import ended, interpreter
 
 __all__ = ["Crew", "cores", "run_trials"]
 
-_MAIN = "import sys; sys.path[:] = {path!r}; from normkit.experiments.worker import main; main()"
 _PLANNING = "reading the question"  # what a worker was asked, in an error
 _POLL = 1.0  # seconds between looks at what others do
 
@@ -106,8 +104,13 @@ class _Worker:
     def __init__(self, number: int, job: Job, answers: queue.SimpleQueue[Any], log: IO[bytes] | None) -> None:
         # One thread per worker, also for libraries that read the environment when they are loaded.
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", _MAIN.format(path=sys.path)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=env)
+        self.process = subprocess.Popen(
+            interpreter("normkit.experiments.worker"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=env,
+        )
         self.questions: queue.SimpleQueue[tuple[Any, str] | None] = queue.SimpleQueue()
         self._number, self._answers = number, answers
         self._thread = threading.Thread(target=self._talk, args=(pickle.dumps(job),), daemon=True)
@@ -196,13 +199,7 @@ def run_trials(
 
 
 def _dead(process: subprocess.Popen[bytes], what: str) -> NormRuntimeError:
-    code = process.wait()
-    how = f"exit code {code}"
-    if code < 0:
-        try:
-            how = signal.Signals(-code).name
-        except ValueError:
-            how = f"signal {-code}"
+    how = ended(process)
     must = f"a worker must live until its work is done; it ended with {how} while {what}"
     hint = "the system may have run out of memory, try fewer workers" if how == "SIGKILL" else None
     return NormRuntimeError(message(must, hint=hint))

@@ -6,19 +6,13 @@ a script that calls `normkit.compare` without a main guard would start itself wi
 
 from __future__ import annotations
 
-import os
-import pickle
-import signal
-import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from normkit.errors import NormError
-from normkit.experiments.session import Session
+from normkit.experiments.session import Job, Session
+from normkit.processes import serve
 
 __all__ = ["PLAN", "Failure", "main"]
 
@@ -35,35 +29,22 @@ class Failure(NamedTuple):
 
 def main() -> None:
     """Serve one parent: a Job comes first, PLAN is answered with its plan, a TrialConfig with its result."""
-    # Ctrl-C reaches the whole group of processes; the parent decides what happens then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed must not get between the answers
-    questions = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
-    with Path(os.devnull).open() as nothing:  # code that asks for input finds none, instead of our questions
-        os.dup2(nothing.fileno(), sys.stdin.fileno())
-    try:
-        job = pickle.load(questions)
-        session: Session | None = None
-        while True:
-            question = pickle.load(questions)
-            if session is None:
-                answer = _answer(Session, job)
-                session = answer if isinstance(answer, Session) else None
-            if session is not None:
-                answer = _answer(session.plan) if question == PLAN else _answer(session.run, question)
-            pickle.dump(answer, answers)
-            answers.flush()
-    except (EOFError, BrokenPipeError):
-        return  # no more questions, or the parent is gone
+    serve(_begin)
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process once its parent is gone: in the middle of a long trial the closed pipe goes unnoticed."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def _begin(job: Job) -> Callable[[Any], Any]:
+    session: Session | None = None
+
+    def answer(question: Any) -> Any:
+        nonlocal session
+        if session is None:
+            made = _answer(Session, job)
+            if not isinstance(made, Session):
+                return made
+            session = made
+        return _answer(session.plan) if question == PLAN else _answer(session.run, question)
+
+    return answer
 
 
 def _answer(function: Callable[..., Any], *arguments: Any) -> Any:
