@@ -105,8 +105,8 @@ inline vf derivative(vf z, vf g) {
         return g * (s + z * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 0.134145f * z * z));
     }
     if constexpr (A == HARDSWISH) {
-        const vf inside = z <= 3.0f ? g * (z * (1.0f / 3.0f) + 0.5f) : g;
-        return z < -3.0f ? vf{} : inside;
+        const vf inside = z < 3.0f ? g * (z * (1.0f / 3.0f) + 0.5f) : g;
+        return z <= -3.0f ? vf{} : inside;
     }
     return g;
 }
@@ -496,6 +496,11 @@ ALWAYS inline vf before_activation(const T* dy, const T* residual, Index k, int 
     return derivative<A>(z, d);
 }
 
+// The gradient of the input. Given statistics do not depend on it: nothing is subtracted, nor an infinity times 0.
+ALWAYS inline vf corrected(const Tensors& t, vf d, vf one, vf centred, vf two) {
+    return t.given ? d : (d - one) - centred * two;
+}
+
 template <class T, int A, bool R>
 Pair runs_sums(const T* x, const T* dy, const T* residual, Index runs, Index stride, Index span, const Scale& s,
                float gain, float beta) {
@@ -585,12 +590,12 @@ void bundles_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
                 const Index at = bundle.start + i * g.inner_stride + run * g.run_stride;
                 const Scale s = scales[i];
                 const vf gain = splat(gains[i]), beta = splat(betas[i]);
-                const float one = c1[i], two = c2[i];
+                const vf one = splat(c1[i]), two = splat(c2[i]);
                 along(g.span, [&](Index k, int lanes) ALWAYS {
                     const vf centred = (read(x + at + k, lanes) - s.mean) - s.rest;
                     const vf d =
                         before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, centred, gain, beta);
-                    if (dx) write(dx + at + k, (d * gain - one) - centred * two, lanes);
+                    if (dx) write(dx + at + k, corrected(t, d * gain, one, centred, two), lanes);
                     if (R && dresidual) write(dresidual + at + k, d, lanes);
                 });
             }
@@ -738,14 +743,14 @@ void rows_backward(const Rows& g, const Tensors& t) {
             for (Index run = g.runs; run-- > 0;) {
                 const Index at = start + run * g.run_stride;
                 const T *px = x + at, *pd = dy + at, *pr = residual + (R ? at : 0);
-                const bool past = past_caches(dx + at, g.rows * g.runs * g.span);
+                const bool past = dx && past_caches(dx + at, g.rows * g.runs * g.span);
                 const Index entry = g.affine == PER_ROW ? b : b * g.runs + run;
                 const vf one_gain = splat(!each && t.gamma ? t.gamma[entry] * s.rstd : s.rstd);
                 const vf one_beta = splat(!each && t.beta ? t.beta[entry] : 0.0f);
                 const auto body = [&](Index k, int lanes, vf gain, vf beta) ALWAYS {
                     const vf centred = (read(px + k, lanes) - s.mean) - s.rest;
                     const vf d = before_activation<T, A, R>(pd, pr, k, lanes, centred, gain, beta);
-                    if (dx) write(dx + at + k, (d * gain - c1) - centred * c2, lanes, past);
+                    if (dx) write(dx + at + k, corrected(t, d * gain, splat(c1), centred, splat(c2)), lanes, past);
                     if (R && dresidual) write(dresidual + at + k, d, lanes);
                 };
                 if (each) {
@@ -1006,7 +1011,7 @@ void column_gradients(const Columns& g, const Tensors& t, Index from, Index to, 
                     const vf centred = (read(x + at, lanes) - mean[u]) - rest[u];
                     const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, centred, gain[u],
                                                             shift[u]);
-                    if (dx) write(dx + at, (d * gain[u] - one[u]) - centred * two[u], lanes, past);
+                    if (dx) write(dx + at, corrected(t, d * gain[u], one[u], centred, two[u]), lanes, past);
                     if (R && dresidual) write(dresidual + at, d, lanes);
                 }
         });
