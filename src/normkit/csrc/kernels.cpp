@@ -24,6 +24,7 @@ using namespace normkit;
 
 constexpr Index BLOCK = 4096;          // values that are read twice from the nearest cache
 constexpr Index COLUMN_BLOCK = 32768;  // the same for columns, from the second nearest: whole rows of the matrix
+constexpr Index COLUMN_EXACT = 1024;   // rows at most: a lane sums them one by one in float
 
 // Zeros, or nothing. (A template of the standard library would be one symbol for all instruction sets.)
 template <class T>
@@ -789,7 +790,10 @@ ALWAYS inline void tiles(Index channels, Body body) {
 }
 
 // Rows of a matrix that are gone through together, tile by tile: they stay in the second cache.
-inline Index block_rows(Index channels) { return COLUMN_BLOCK / channels > 8 ? COLUMN_BLOCK / channels : 8; }
+inline Index block_rows(Index channels) {
+    const Index rows = COLUMN_BLOCK / channels;
+    return rows < 8 ? 8 : rows > COLUMN_EXACT ? COLUMN_EXACT : rows;
+}
 
 // Moments of all columns of rows [from, to), merged into those that are there.
 template <class T>
@@ -896,19 +900,42 @@ void apply_columns(const Columns& g, const Tensors& t, Index from, Index to, con
 
 inline Index bound(Index length, int part, int parts) { return length * part / parts; }
 
+// The moments of a matrix are those of its pieces, merged in their order. How many there are depends on the matrix alone,
+// neither on threads nor on other matrices: so a sample has the same statistics in every batch.
+constexpr Index PIECE = 2;  // blocks, at least
+constexpr int PIECES = 64;  // at most: each has moments of all columns
+
+inline int pieces(const Columns& g) {
+    const Index found = g.length / (PIECE * block_rows(g.channels));
+    return found < 1 ? 1 : found > PIECES ? PIECES : (int)found;
+}
+
+template <class T>
+void piece_moments(const Columns& g, const Tensors& t, Index start, int piece, Moments* own) {
+    for (Index c = 0; c < g.channels; ++c) own[c] = Moments();
+    const int count = pieces(g);
+    column_moments((const T*)t.x, start + bound(g.length, piece, count), start + bound(g.length, piece + 1, count),
+                   g.channels, t.center, own);
+}
+
+inline void merge_piece(const Columns& g, const Moments* piece, Moments* total) {
+    for (Index c = 0; c < g.channels; ++c)
+        if (piece[c].count > 0) total[c].merge(piece[c].count, piece[c].mean, piece[c].squares);
+}
+
 template <class T, int A, bool R>
 void columns_forward(const Columns& g, const Tensors& t) {
-    const T* const x = (const T*)t.x;
     if (g.blocks >= t.threads) {
 #pragma omp parallel num_threads(t.threads)
         {
             Spread s(g.channels);
-            Array<Moments> own(t.given ? 0 : g.channels);
+            const int count = t.given ? 0 : pieces(g);
+            Array<Moments> own(count ? g.channels : 0), next(count > 1 ? g.channels : 0);
 #pragma omp for schedule(static)
             for (Index block = 0; block < g.blocks; ++block) {
-                if (own) {
-                    for (Index c = 0; c < g.channels; ++c) own[c] = Moments();
-                    column_moments(x, block * g.length, (block + 1) * g.length, g.channels, t.center, own.get());
+                for (int piece = 0; piece < count; ++piece) {
+                    piece_moments<T>(g, t, block * g.length, piece, piece ? next.get() : own.get());
+                    if (piece) merge_piece(g, next.get(), own.get());
                 }
                 spread(g, t, block, own.get(), s);
                 apply_columns<T, A, R>(g, t, block * g.length, (block + 1) * g.length, s);
@@ -917,22 +944,15 @@ void columns_forward(const Columns& g, const Tensors& t) {
         return;
     }
     Spread s(g.channels);
-    Array<Moments> parts(t.given ? 0 : t.threads * g.channels);
+    const int count = t.given ? 0 : pieces(g);
+    Array<Moments> parts(count * g.channels);
     for (Index block = 0; block < g.blocks; ++block) {
         const Index start = block * g.length;
         if (parts) {
 #pragma omp parallel for num_threads(t.threads) schedule(static)
-            for (int part = 0; part < t.threads; ++part) {
-                Moments* own = parts.get() + part * g.channels;
-                for (Index c = 0; c < g.channels; ++c) own[c] = Moments();
-                column_moments(x, start + bound(g.length, part, t.threads), start + bound(g.length, part + 1, t.threads),
-                               g.channels, t.center, own);
-            }
-            for (Index c = 0; c < g.channels; ++c)
-                for (int part = 1; part < t.threads; ++part) {
-                    const Moments& other = parts[part * g.channels + c];
-                    if (other.count > 0) parts[c].merge(other.count, other.mean, other.squares);
-                }
+            for (int piece = 0; piece < count; ++piece)
+                piece_moments<T>(g, t, start, piece, parts.get() + piece * g.channels);
+            for (int piece = 1; piece < count; ++piece) merge_piece(g, parts.get() + piece * g.channels, parts.get());
         }
         spread(g, t, block, parts.get(), s);
 #pragma omp parallel for num_threads(t.threads) schedule(static)
