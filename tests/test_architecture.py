@@ -24,7 +24,7 @@ BELOW = {
     "tables": {"errors", "files"},
     "core": {"errors"},
     "kernels": {"errors", "core"},
-    "torch": {"errors", "core", "kernels", "surgery", "checks"},
+    "torch": {"errors", "core", "kernels", "surgery", "checks", "tables"},
     "keras": {"errors", "core", "kernels", "surgery", "checks"},
     "nnx": {"errors", "core", "kernels"},
     "testing": {"errors", "core"},

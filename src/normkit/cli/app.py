@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,7 +20,7 @@ from normkit.experiments import compare as run_comparison
 from normkit.experiments.config import INPUTS, LOSSES, NORMS, OPTIMIZERS
 from normkit.experiments.store import hidden
 from normkit.experiments.verb import TRIALS
-from normkit.frameworks import FRAMEWORKS
+from normkit.frameworks import FRAMEWORKS, part
 
 __all__ = ["run"]
 
@@ -198,6 +199,14 @@ def compare(
         kept = storage is not None or (out / TRIALS).exists()
         return _interrupted("finished trials are kept, run the same command again to go on" if kept else None)
     _show(comparison, out / "report.html", json)
+    return 0
+
+
+@app.command(epilog="Exit codes: 0 done, 2 bad usage or PyTorch is missing, 1 anything else.")
+def kernels(json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False) -> int:
+    """List which kernel runs which normalizer on this machine, and why not a compiled one."""
+    found = part("torch", "coverage").coverage()
+    print(dumps(found.to_dict(), indent=2) if json else found)
     return 0
 
 

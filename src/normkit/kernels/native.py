@@ -6,11 +6,26 @@ columns of a matrix (`csrc/kernels.hpp`).
 
 from __future__ import annotations
 
+import functools
+import os
+import warnings
 from typing import Any, Literal, NamedTuple
 
 from normkit.core.plan import NormPlan, count, parts, product
+from normkit.errors import NormValueError, message
+from normkit.kernels import instruction_sets
 
-__all__ = ["ACTIVATIONS", "TYPES", "Geometry", "Layout", "available", "evaluation", "geometry"]
+__all__ = [
+    "ACTIVATIONS",
+    "TYPES",
+    "Geometry",
+    "Layout",
+    "available",
+    "evaluation",
+    "geometry",
+    "instruction_set",
+    "missing",
+]
 
 Layout = Literal["contiguous", "channels_last"]
 
@@ -44,6 +59,32 @@ def available() -> Any:
     except ImportError:
         return None
     return _native
+
+
+def instruction_set() -> int:
+    """The place in `instruction_sets()` of the one to use: the widest, or what `NORMKIT_INSTRUCTION_SET` names.
+
+    Wide vectors lower the clock of some processors, and a result is to be repeated on another machine: results differ
+    in the last bits from set to set. Raises NormValueError for one that is not there.
+    """
+    name, known = os.environ.get("NORMKIT_INSTRUCTION_SET"), instruction_sets()
+    if not name or not known:
+        return 0
+    if name not in known:
+        must = f"NORMKIT_INSTRUCTION_SET must be one of this machine's: {', '.join(known)}"
+        raise NormValueError(message(must, repr(name)))
+    return known.index(name)
+
+
+@functools.cache
+def missing() -> str:
+    """Why nothing is compiled, and say so once: everything works, several times slower than it could."""
+    warnings.warn(
+        "normkit runs without its compiled kernels: it was installed where no C++ compiler worked. Results are the "
+        "same, speed is not. hint: install a compiler, then pip install --force-reinstall --no-deps normkit",
+        stacklevel=2,
+    )
+    return "the package was installed without a C++ compiler"
 
 
 def geometry(name: str, p: NormPlan, shape: tuple[int, ...], layout: Layout) -> Geometry | str:

@@ -16,14 +16,25 @@ from normkit.core import formula
 from normkit.core.formula import Moments
 from normkit.core.plan import NormPlan
 from normkit.core.spec import NormSpec
-from normkit.kernels.native import ACTIVATIONS, TYPES, Geometry, Layout, available, evaluation, geometry
+from normkit.kernels import registry
+from normkit.kernels.native import (
+    ACTIVATIONS,
+    TYPES,
+    Geometry,
+    Layout,
+    available,
+    evaluation,
+    geometry,
+    instruction_set,
+    missing,
+)
 
-__all__ = ["evaluate", "normalize"]
+__all__ = ["covers", "evaluate", "normalize"]
 
 _native = available()
 _DTYPES = {torch.float32: TYPES["float32"], torch.bfloat16: TYPES["bfloat16"]}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_SET = 0  # the widest instruction set of this machine
+_SET = instruction_set()
 _ALONE = 1 << 14  # values below which a second thread costs more than it saves
 
 
@@ -42,10 +53,11 @@ def normalize(
     The caller has made sure that nothing but eager autograd is watching.
     """
     layout = _layout(x)
-    if _native is None or layout is None or not _fits(x, residual, gamma, beta):
+    if not registry.tried("native", spec.name, x.dtype, layout, x.shape):
         return None
-    found = geometry(spec.name, p, tuple(x.shape), layout)
+    found = covers(spec, p, x, gamma, beta, residual)
     if isinstance(found, str):
+        registry.refused("native", found)
         return None
     if gamma is not None and spec.gain == "1+w":
         gamma = gamma.float() + 1.0  # not in half precision, which has no room for both
@@ -68,11 +80,12 @@ def evaluate(
 ) -> Tensor | None:
     """Return act((x - mean) / sqrt(var + eps) * gamma + beta + residual), or None where no kernel covers the case."""
     layout = _layout(x)
-    if _native is None or layout is None or not x.numel() or not _fits(x, residual, gamma, beta):
+    if not registry.tried("native", "batch_norm", x.dtype, layout, x.shape):
         return None
-    if any(t.dtype != torch.float32 or not t.is_contiguous() or t.device.type != "cpu" for t in (mean, var)):
+    numbers = _covers_given(layout, x, mean, var, gamma, beta, residual)
+    if isinstance(numbers, str):
+        registry.refused("native", numbers)
         return None
-    numbers = evaluation(tuple(x.shape), layout)
     result: Tensor = _Evaluate.apply(x, residual, gamma, beta, mean, var, numbers, eps, activation)
     return result
 
@@ -250,13 +263,51 @@ def _twice(
     return gradients
 
 
-def _fits(x: Tensor, residual: Tensor | None, *affine: Tensor | None) -> bool:
-    """Types and places that a kernel can take."""
-    if x.dtype not in _DTYPES or x.device.type != "cpu":
-        return False
+def covers(
+    spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None = None
+) -> Geometry | str:
+    """The geometry of a case, or why no compiled kernel covers it."""
+    layout = _layout(x)
+    reason = _unfit(layout, x, residual, gamma, beta)
+    if reason or layout is None:
+        return reason
+    found = geometry(spec.name, p, tuple(x.shape), layout)
+    return missing() if _native is None and not isinstance(found, str) else found
+
+
+def _covers_given(
+    layout: Layout | None,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[int, ...] | str:
+    """The same, where the statistics are given."""
+    reason = _unfit(layout, x, residual, gamma, beta)
+    if reason or layout is None:
+        return reason
+    if not x.numel():
+        return "an empty input"
+    if any(t.dtype != torch.float32 or not t.is_contiguous() or t.device.type != "cpu" for t in (mean, var)):
+        return "running statistics that are not contiguous float32"
+    return missing() if _native is None else evaluation(tuple(x.shape), layout)
+
+
+def _unfit(layout: Layout | None, x: Tensor, residual: Tensor | None, *affine: Tensor | None) -> str:
+    """Why no kernel can take such tensors; empty if one can."""
+    if x.device.type != "cpu":
+        return f"an input on {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"an input of {str(x.dtype)[6:]}"
+    if layout is None:
+        return "an input that is neither contiguous nor channels_last"
     if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
-        return False
-    return all(t is None or (t.device.type == "cpu" and t.dtype in _DTYPES) for t in affine)
+        return "a residual of another type or device"
+    if any(t is not None and (t.device.type != "cpu" or t.dtype not in _DTYPES) for t in affine):
+        return "gamma or beta of a type that is neither float32 nor bfloat16"
+    return ""
 
 
 def _layout(x: Tensor) -> Layout | None:

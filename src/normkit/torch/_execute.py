@@ -2,13 +2,15 @@
 
 | situation | what runs |
 |---|---|
+| eager, and `_compiled.covers` has nothing against it | our compiled kernel, called before anything here |
 | eager, and a row of `_KERNELS` covers it | PyTorch's kernel |
 | eager, otherwise | `_Normalize`: the formula forward, the closed form backward; saves x, gamma and one value a
 statistic |
 | torch.compile, torch.func, forward AD, tensor subclasses, double backward | the formula in plain operations |
 | torch.export | PyTorch's own functions where there is one, so that what is shipped needs no normkit |
 
-All of them pass the same conformance suite.
+All of them pass the same conformance suite. In eager mode `kernels.registry` may begin further down this table, and
+`use_kernel` picks one row, the oracle of `core.reference` among them.
 """
 
 from __future__ import annotations
@@ -16,18 +18,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkit.core import formula
+from normkit.core.axes import Sizes
 from normkit.core.formula import Correct, Moments
 from normkit.core.plan import NormPlan, count, kept_shape, parts
+from normkit.core.reference import reference
 from normkit.core.spec import NormSpec
+from normkit.errors import NormRuntimeError, message
+from normkit.kernels import registry
 from normkit.torch._buffers import watched
 
-__all__ = ["accumulator", "evaluate", "needs_plain", "normalize"]
+__all__ = ["accumulator", "covers", "evaluate", "needs_plain", "normalize"]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -50,11 +57,15 @@ def normalize(
 
     The output may still be wider than the input. Kernels return moments only where the spec tracks something.
     """
-    simple = weight is None and x.numel() > 0
-    if simple and torch.compiler.is_exporting() and spec.name in _EXPORTED:
+    if weight is None and x.numel() > 0 and torch.compiler.is_exporting() and spec.name in _EXPORTED:
         return _EXPORTED[spec.name](p, x, _whole_gain(spec, gamma), beta, eps)
     plain = needs_plain(x, gamma, beta)
-    if simple and not plain and (kernel := _kernel(spec, p, x, gamma, beta)) is not None:
+    if not plain:
+        registry.refused("native", "arguments that only the formula takes (mask, sample_weight, renorm, cast)")
+        if registry.chosen() == "reference":
+            return _by_reference(spec, p, x, gamma, beta, eps, weight, correct)
+    kernel = None if plain else _allowed(spec, p, x, gamma, beta, weight)
+    if kernel is not None:
         if correct is None:
             return kernel(p, x, _whole_gain(spec, gamma), beta, eps)
         normalized, (m,) = kernel(p, x, None, None, eps)
@@ -86,7 +97,11 @@ def evaluate(
         return F.batch_norm(x, kept["mean"], kept["var"], gamma, beta, False, 0.0, eps)
     tensors = (*kept.values(), gamma, beta)
     plain = needs_plain(x, *tensors)
-    if not plain and "var" in kept and _layout(x) != "other" and _kernel_types(x, *tensors):
+    if not plain:
+        registry.refused("native", "arguments that only the formula takes (mask, running standard deviations)")
+        if registry.chosen() == "reference":
+            return _evaluate_by_reference(spec, p, x, kept, gamma, beta, eps)
+    if not plain and _torch_evaluates(spec, x, kept, tensors):
         # PyTorch's kernel computes x * scale + shift; on the deviation that keeps its digits.
         mean = kept["mean"]
         deviation = x - mean.reshape(kept_shape(p, tuple(x.shape)))
@@ -94,6 +109,75 @@ def evaluate(
         return F.batch_norm(deviation, torch.zeros_like(mean), var, gamma, beta, False, 0.0, eps)
     wide = torch.float64 if kept["mean"].dtype == torch.float64 else accumulator(x.dtype)
     return formula.evaluate(torch, spec, p, x.to(wide), kept, _to(gamma, wide), _to(beta, wide), eps=eps)
+
+
+def _torch_evaluates(
+    spec: NormSpec, x: Tensor, kept: dict[str, Tensor], tensors: tuple[Tensor | None, ...]
+) -> bool:
+    layout = _layout(x)
+    if not registry.tried("torch", spec.name, x.dtype, layout, x.shape):
+        return False
+    if "var" in kept and layout != "other" and _kernel_types(x, *tensors):
+        return True
+    registry.refused("torch", "an input or statistics of another type, layout or device than its kernel takes")
+    return False
+
+
+def _by_reference(
+    spec: NormSpec,
+    p: NormPlan,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    weight: Tensor | None,
+    correct: Correct | None,
+) -> tuple[Tensor, list[Moments]]:
+    """Outputs by the oracle. What is kept of the statistics is the formula's, in float64."""
+    if correct is not None:
+        registry.refused("reference", "a correction by running statistics (renorm), which needs its clips")
+    wide = x.detach().double()
+    _, moments = formula.normalize(torch, spec, p, wide, None, None, eps=eps, weight=weight)
+    weights = None if weight is None else _array(weight.expand(x.shape))
+    return _oracle(spec, p, x, gamma, beta, eps, weight=weights), moments
+
+
+def _evaluate_by_reference(
+    spec: NormSpec,
+    p: NormPlan,
+    x: Tensor,
+    kept: dict[str, Tensor],
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> Tensor:
+    arrays = {name: _array(t) for name, t in kept.items()}
+    return _oracle(spec, p, x, gamma, beta, eps, kept=arrays, training=False)
+
+
+def _oracle(
+    spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, **how: Any
+) -> Tensor:
+    if _wants_grad(x, gamma, beta):
+        must = 'use_kernel("reference") computes outputs only, and no gradient may be asked for'
+        raise NormRuntimeError(message(must, hint='torch.no_grad(), or use_kernel("formula")'))
+    first, second = (None if t is None else _array(t) for t in (gamma, beta))
+    y = reference(spec, _array(x), first, second, sizes=_sizes(spec, p), eps=eps, **how).y
+    return torch.from_numpy(np.asarray(y)).reshape(x.shape).to(x.device)
+
+
+def _sizes(spec: NormSpec, p: NormPlan) -> Sizes:
+    """The static sizes that the plan was compiled with, by name."""
+    names = next((token for token in spec.axes if len(token) == 2), None)
+    if names is not None:
+        outer, inner = next(split for split in p.view if len(split) == 2)
+        return ((names[0], outer),) if inner == -1 else ((names[1], inner),)
+    lengths = tuple(length for _, length in p.fixed)
+    return ((spec.axes[-1][0], lengths),) if lengths else ()
+
+
+def _array(t: Tensor) -> Any:
+    return t.detach().double().cpu().numpy()
 
 
 class _Normalize(torch.autograd.Function):
@@ -227,15 +311,33 @@ def _whole_gain(spec: NormSpec, gamma: Tensor | None) -> Tensor | None:
     return gamma + 1.0 if gamma is not None and spec.gain == "1+w" else gamma
 
 
-def _kernel(spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Kernel | None:
-    """Return PyTorch's kernel for this case, if a row of the table covers it."""
-    if spec.name == "instance_norm" and spec.tracked:
-        return None  # F.instance_norm does not return the statistics
-    if "batch" in spec.name and x.dim() == 2 and x.shape[0] > _FEW_ROWS:
+def _allowed(
+    spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor | None
+) -> Kernel | None:
+    """PyTorch's kernel for this case, if it covers it and may be used."""
+    if not registry.tried("torch", spec.name, x.dtype, _layout(x), x.shape):
         return None
+    found = "a mask or sample weights" if weight is not None else covers(spec, p, x, gamma, beta)
+    if isinstance(found, str):
+        registry.refused("torch", found)
+        return None
+    return found
+
+
+def covers(spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Kernel | str:
+    """PyTorch's kernel for this case, or why none is used."""
+    if not x.numel():
+        return "an empty input"
+    if spec.name == "instance_norm" and spec.tracked:
+        return "its statistics are kept, and PyTorch's kernel does not return them"
+    if "batch" in spec.name and x.dim() == 2 and x.shape[0] > _FEW_ROWS:
+        return f"more than {_FEW_ROWS} rows, which PyTorch's kernel adds up one by one"
     if spec.name == "group_norm" and x.numel() == x.shape[0] * p.view[1][0]:
-        return None  # for groups of one value F.group_norm is an error in a batch of one sample, and not in others
-    return _KERNELS.get((spec.name, _layout(x))) if _kernel_types(x, gamma, beta) else None
+        # F.group_norm makes these an error in a batch of one sample, and not in others.
+        return "groups of one value"
+    if not _kernel_types(x, gamma, beta):
+        return "not all of one type, float32 or float64, on the CPU"
+    return _KERNELS.get((spec.name, _layout(x)), "no kernel of PyTorch's is exact here")
 
 
 def _kernel_types(x: Tensor, *others: Tensor | None) -> bool:
