@@ -1,7 +1,7 @@
 """Compiled kernels called as they are, on guarded memory, and an oracle that knows nothing of their geometries.
 
-Every array that a kernel sees lies in the middle of a larger one, at an odd place: what it reads beside its values is NaN,
-and what it writes there is found. The oracle is PyTorch in float64, by the statistic and the gamma that each value
+Every array that a kernel sees lies in the middle of a larger one, at an odd place: what it reads beside its values is
+NaN, and what it writes there is found. The oracle is PyTorch in float64, by the statistic and the gamma that each value
 belongs to, its gradients by autograd.
 """
 
@@ -25,7 +25,7 @@ WIDTHS = {"baseline": 4, "avx2": 8, "avx512": 16}
 EPS32 = 2.0**-23
 OUTPUT = {"float32": 2.0**-24, "bfloat16": 2.0**-8}  # half a spacing, of the magnitude: the last rounding
 # Roundings of float32 on the way, in units of eps times the largest magnitude that is added: a lane adds up to 1024
-# values one by one (32 roundings of half a spacing, if they walk at random), and there are about ten operations a value.
+# values one by one (32 roundings of half a spacing, if they walk at random); about ten operations a value follow.
 # E[x^2] - E[x]^2 needs thousands at the offsets used here.
 ROOM = 24
 GUARD = 37  # odd, so that no vector is aligned
@@ -154,7 +154,6 @@ class Inputs:
     eps: float = 1e-5
     mean: np.ndarray | None = None
     var: np.ndarray | None = None
-    extra: dict = field(default_factory=dict)
 
 
 def inputs(case: Case, kind: str, *, seed=0, activation=None, residual=False, affine=True, offset=0.0) -> Inputs:
@@ -281,7 +280,9 @@ def oracle(case: Case, i: Inputs) -> Outputs:
     wanted = {"dx": x, "dresidual": residual, "dgamma": gamma, "dbeta": beta}
     wanted = {name: t for name, t in wanted.items() if t is not None}
     found = dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), torch.from_numpy(i.dy)), strict=True))
-    found = {name: found[name].detach().numpy() if name in found else None for name in ("dx", "dresidual", "dgamma", "dbeta")}
+    found = {
+        name: found[name].detach().numpy() if name in found else None for name in ("dx", "dresidual", "dgamma", "dbeta")
+    }
     gain = rstd[stat] if gamma is None else rstd[stat] * gamma[entry]
     per_entry = np.bincount(case.ids[1], minlength=1).max()
     worst = float(np.abs(i.dy).max())
@@ -294,9 +295,7 @@ def oracle(case: Case, i: Inputs) -> Outputs:
         "dgamma": worst * top * per_entry**0.5,
         "dbeta": worst * per_entry**0.5,
     }
-    return Outputs(
-        y=y.detach().numpy(), mean=mean.detach().numpy(), var=var.detach().numpy(), scale=sizes, **found
-    )
+    return Outputs(y=y.detach().numpy(), mean=mean.detach().numpy(), var=var.detach().numpy(), scale=sizes, **found)
 
 
 def check(case: Case, i: Inputs, kind: str, which: str, *, room: float = ROOM, **how) -> Outputs:
@@ -305,9 +304,13 @@ def check(case: Case, i: Inputs, kind: str, which: str, *, room: float = ROOM, *
     label = f"{case}, {which}, {kind}, {i.activation}"
     if not case.given:
         top = np.abs(i.x).max()
-        np.testing.assert_allclose(got.var, expected.var, rtol=room * EPS32, atol=(4 * EPS32 * 1.5) ** 2 * 4, err_msg=label)
+        np.testing.assert_allclose(
+            got.var, expected.var, rtol=room * EPS32, atol=(4 * EPS32 * 1.5) ** 2 * 4, err_msg=label
+        )
         if case.spec.center:
-            np.testing.assert_allclose(got.mean, expected.mean, rtol=0, atol=EPS32 * EPS32 * top + 4 * EPS32 * 1.5, err_msg=label)
+            np.testing.assert_allclose(
+                got.mean, expected.mean, rtol=0, atol=EPS32 * EPS32 * top + 4 * EPS32 * 1.5, err_msg=label
+            )
     for name in ("y", "dx", "dresidual", "dgamma", "dbeta"):
         actual, right = getattr(got, name), getattr(expected, name)
         if actual is None:

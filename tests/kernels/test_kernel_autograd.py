@@ -37,7 +37,8 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 CASES = [
     (name, layout)
     for name, layout in itertools.product(LAYERS, FORMATS)
-    if not (name in ONLY_CONTIGUOUS and layout == "channels_last") and not (name in ONLY_LAST and layout == "contiguous")
+    if not (name in ONLY_CONTIGUOUS and layout == "channels_last")
+    and not (name in ONLY_LAST and layout == "contiguous")
 ]
 every = pytest.mark.parametrize(("name", "layout"), CASES)
 
@@ -385,9 +386,7 @@ def test_threads_agree(threads):
         for number in (1, 2, 3):
             torch.set_num_threads(number)
             steps.append(
-                gradients(
-                    nk.BatchNorm2d(16), x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
-                )
+                gradients(nk.BatchNorm2d(16), x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout))
             )
         for step in steps[1:]:
             for mine, other in zip(step, steps[0], strict=True):

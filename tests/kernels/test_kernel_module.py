@@ -19,7 +19,9 @@ import normkit.torch as nk
 ROOT = Path(__file__).parents[2]
 linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc, which this system has not")
 # Instructions with a vector prefix, and those of the masks of AVX-512. (verr and verw are older, and never compiled.)
-AVX = re.compile(r"^\s*[0-9a-f]+:\s+(v(?!err|erw)[a-z0-9]+|k(mov|or|and|not|xor|xnor|test|ortest|unpck|shift|add)[a-z]*)\s")
+AVX = re.compile(
+    r"^\s*[0-9a-f]+:\s+(v(?!err|erw)[a-z0-9]+|k(mov|or|and|not|xor|xnor|test|ortest|unpck|shift|add)[a-z]*)\s"
+)
 
 
 def python(code: str, **environment: str) -> str:
@@ -35,7 +37,9 @@ def compiled_object(name: str) -> Path:
     for tool in ("objdump", "nm"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is missing")
-    found = sorted(ROOT.glob(f"build/*/CMakeFiles/kernels_{name}.dir/**/kernels.cpp.o"), key=lambda p: p.stat().st_mtime)
+    found = sorted(
+        ROOT.glob(f"build/*/CMakeFiles/kernels_{name}.dir/**/kernels.cpp.o"), key=lambda p: p.stat().st_mtime
+    )
     if not found:
         pytest.skip(f"no object of {name} in the build folder")
     return found[-1]

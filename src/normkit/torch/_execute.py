@@ -111,9 +111,7 @@ def evaluate(
     return formula.evaluate(torch, spec, p, x.to(wide), kept, _to(gamma, wide), _to(beta, wide), eps=eps)
 
 
-def _torch_evaluates(
-    spec: NormSpec, x: Tensor, kept: dict[str, Tensor], tensors: tuple[Tensor | None, ...]
-) -> bool:
+def _torch_evaluates(spec: NormSpec, x: Tensor, kept: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> bool:
     layout = _layout(x)
     if not registry.tried("torch", spec.name, x.dtype, layout, x.shape):
         return False
