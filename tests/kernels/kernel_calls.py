@@ -1,7 +1,7 @@
 """Compiled kernels called as they are, on guarded memory, and an oracle that knows nothing of their geometries.
 
-Every array that a kernel sees lies in the middle of a larger one, at an odd place: what it reads beside its values is NaN,
-and what it writes there is found. The oracle is PyTorch in float64, by the statistic and the gamma that each value
+Every array that a kernel sees lies in the middle of a larger one, at an odd place: what it reads beside its values is
+NaN, and what it writes there is found. The oracle is PyTorch in float64, by the statistic and the gamma that each value
 belongs to, its gradients by autograd.
 """
 
@@ -25,7 +25,7 @@ WIDTHS = {"baseline": 4, "avx2": 8, "avx512": 16}
 EPS32 = 2.0**-23
 OUTPUT = {"float32": 2.0**-24, "bfloat16": 2.0**-8}  # half a spacing, of the magnitude: the last rounding
 # Roundings of float32 on the way, in units of eps times the largest magnitude that is added: a lane adds up to 1024
-# values one by one (32 roundings of half a spacing, if they walk at random), and there are about ten operations a value.
+# values one by one (32 roundings of half a spacing, if they walk at random); about ten operations a value follow.
 # E[x^2] - E[x]^2 needs thousands at the offsets used here.
 ROOM = 24
 GUARD = 37  # odd, so that no vector is aligned
@@ -154,7 +154,6 @@ class Inputs:
     eps: float = 1e-5
     mean: np.ndarray | None = None
     var: np.ndarray | None = None
-    extra: dict = field(default_factory=dict)
 
 
 def inputs(case: Case, kind: str, *, seed=0, activation=None, residual=False, affine=True, offset=0.0) -> Inputs:

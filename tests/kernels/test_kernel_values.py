@@ -61,7 +61,7 @@ def cases(n: int) -> list[Case]:
 @every_set
 def test_lengths_around_a_vector(which, kind):
     """Odd places, guards of NaN on both sides, all activations in turn."""
-    for k, (n, case) in enumerate((n, case) for n in lengths(which) for case in cases(n)):
+    for k, case in enumerate(case for n in lengths(which) for case in cases(n)):
         activation = (*ACTIVATIONS,)[k % len(ACTIVATIONS)]
         i = inputs(case, kind, seed=k, activation=activation, residual=k % 3 == 0, affine=k % 5 != 0)
         check(case, i, kind, which, threads=1 + k % 3, shift=k % 4)

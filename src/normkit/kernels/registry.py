@@ -7,10 +7,10 @@
 | `formula` | the formula of `core.formula` in plain operations, with its closed-form backward; covers everything |
 | `reference` | the float64 oracle of `core.reference` in NumPy, slow, without gradients; by hand only |
 
-The first of the first three that covers an input runs. A rule of the table lets the search begin further down. Rules know
-the normalizer, type, layout and the number of values of a sample, never those of the batch: so a sample's result does not
-depend on its batch, and runs repeat. The environment variable `NORMKIT_KERNELS` names a JSON file with rules that are
-looked at before the shipped ones::
+The first of the first three that covers an input runs. A rule of the table lets the search begin further down. Rules
+know the normalizer, type, layout and the number of values of a sample, never those of the batch: so a sample's result
+does not depend on its batch, and runs repeat. The environment variable `NORMKIT_KERNELS` names a JSON file with rules
+that are looked at before the shipped ones::
 
     {"rules": [{"normalizer": "batch_norm", "dtype": "float32", "layout": "contiguous", "below": 256, "use": "torch"}]}
 
