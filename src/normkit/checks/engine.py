@@ -85,6 +85,7 @@ def check(
     Example:
         >>> import normkit, torch
         >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
         >>> norm = nn.BatchNorm1d(4, momentum=None)  # keeps the mean of all batches
         >>> model = nn.Sequential(nn.Linear(3, 4, bias=False), norm, nn.ReLU(), nn.Linear(4, 2))
         >>> x, y = torch.randn(512, 3), torch.randint(2, (512,))
