@@ -145,6 +145,8 @@ def alive(pid: int) -> bool:
 
 
 def test_ctrl_c_ends_the_processes_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests in the background of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     pid = tmp_path / "pid"
     monkeypatch.setenv("BENCH_PID", str(pid))
 
