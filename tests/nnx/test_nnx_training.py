@@ -207,7 +207,11 @@ def test_calls_of_norm_that_cannot_be_meant(case):
     ],
 )
 def test_networks_start_as_those_of_pytorch(model, shape, norm, position):
-    """The same weights, in the layout of Flax, give the same losses in the first steps."""
+    """The same weights, in the layout of Flax, give the same losses in the first steps.
+
+    To 1e-3: a group of channels that ReLU left all but empty is divided by the root of eps, and rounding grows by that,
+    through ten layers.
+    """
     pytest.importorskip("torch")
     from normkit.torch import training as of_torch
 
@@ -218,9 +222,9 @@ def test_networks_start_as_those_of_pytorch(model, shape, norm, position):
         np.testing.assert_array_equal(np.moveaxis(ours.weights()[name], (-1, -2), (0, 1)), weight)
     mine, expected = (trainer.evaluate([(x, y)]) for trainer in (ours, theirs))
     np.testing.assert_allclose(mine.examples, expected.examples)
-    assert mine.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert mine.loss == pytest.approx(expected.loss, rel=1e-3)
     for _ in range(3):
-        assert ours.step(x, y) == pytest.approx(theirs.step(x, y), rel=1e-4)
+        assert ours.step(x, y) == pytest.approx(theirs.step(x, y), rel=1e-3)
 
 
 def test_images_too_small_for_the_network():
