@@ -92,7 +92,7 @@ class _Opened:
         return self.take(site.path, made)
 
     def finish(self, *, inplace: bool, optimizer: Any) -> tuple[Any, float | None]:
-        self.check(optimizer)
+        self.check(inplace, optimizer)
         result = self._model if inplace else nnx.clone(self._model)
         after = None
         with all_or_nothing(result):
