@@ -4,6 +4,7 @@
 # make test-all    the same, and the tests marked long
 # make bench       the speed of norms beside PyTorch, JAX and Keras, on a machine that does nothing else: docs/performance.md
 # make bench-page  that page again, from the rows that are there
+# make sanitize    the compiled kernels under the address and undefined sanitizers: minutes, of which most are compiling
 # make format      rewrite the code in its own style
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-keras test test-all check bench bench-page format clean
+.PHONY: demo demo-keras test test-all check sanitize bench bench-page format clean
 
 demo: $(READY)
 	$(BIN)/normkit compare cnn --data digits
@@ -35,6 +36,24 @@ bench: $(READY)
 
 bench-page: $(READY)
 	$(BIN)/normkit bench --from benchmarks/performance.csv --page docs/performance.md
+
+# The instruction sets of CMakeLists.txt.
+SANITIZE := -std=gnu++17 -O1 -g -fopenmp -fno-math-errno -fno-trapping-math -Wno-psabi -Isrc/normkit/csrc \
+  -fsanitize=address,undefined -fno-sanitize-recover=all
+FLAGS_baseline :=
+FLAGS_avx2 := -mavx2 -mfma
+FLAGS_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512
+SETS := baseline $(if $(filter x86_64 amd64,$(shell uname -m)),avx2 avx512)
+
+build/sanitize/%.o: src/normkit/csrc/kernels.cpp $(wildcard src/normkit/csrc/*.hpp)
+	mkdir -p build/sanitize
+	$(CXX) $(SANITIZE) $(FLAGS_$*) -DNORMKIT_TABLE=table_$* -DNORMKIT_NAME=$* -c $< -o $@
+
+build/sanitize/kernels: tests/kernels/sanitize.cpp $(SETS:%=build/sanitize/%.o)
+	$(CXX) $(SANITIZE) $(if $(filter avx2,$(SETS)),-DNORMKIT_X86) $^ -o $@
+
+sanitize: build/sanitize/kernels
+	$<
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -91,11 +91,10 @@ BOUNDARIES = [
 
 
 @every_kind
-@every_set
-def test_boundaries_between_paths(which, kind):
+def test_boundaries_between_paths(kind):
     for k, case in enumerate(BOUNDARIES):
         i = inputs(case, kind, seed=k, activation=(None, "relu", "silu")[k % 3], residual=k % 2 == 0)
-        check(case, i, kind, which, threads=1 + k % 2)
+        check(case, i, kind, *SETS, threads=1 + k % 2)
 
 
 PATHS = [
@@ -111,21 +110,19 @@ PATHS = [
 ]
 
 
-@every_set
-def test_every_activation_on_every_path(which):
+def test_every_activation_on_every_path():
     for k, (case, activation, residual, kind) in enumerate(itertools.product(PATHS, ACTIVATIONS, (False, True), KINDS)):
-        check(case, inputs(case, kind, seed=k, activation=activation, residual=residual), kind, which)
+        check(case, inputs(case, kind, seed=k, activation=activation, residual=residual), kind, *SETS)
 
 
 @every_kind
-@every_set
-def test_far_from_zero(which, kind):
+def test_far_from_zero(kind):
     """DESIGN.md section 5: mean / std up to 1e4 in float32, and to where bfloat16 still tells values apart."""
     offset = 1.5e4 if kind == "float32" else 1.5 * 0.1 * 2**7
     for case in [*PATHS, Case("batch", (300, 70)), Case("batch", (40, 5, 300)), Case("layer", (3, 9000))]:
         if case.given:
             continue
-        check(case, inputs(case, kind, activation="relu", offset=offset), kind, which)
+        check(case, inputs(case, kind, activation="relu", offset=offset), kind, *SETS)
 
 
 @every_set
@@ -264,9 +261,9 @@ def test_a_sample_does_not_depend_on_the_batch(which, kind):
         Case("instance", (1, 3, 50)),
         Case("instance", (1, 3, 500)),
         Case("instance", (1, 3, 5000)),
-        Case("instance", (1, 40, 90, 90), LAST),
+        Case("instance", (1, 40, 60, 60), LAST),
         Case("group", (1, 4, 50), size=2),
-        Case("group", (1, 40, 90, 90), LAST, size=5),
+        Case("group", (1, 40, 60, 60), LAST, size=5),
         Case("layer", (1, 700)),
         Case("layer_2d", (1, 40, 5, 5), LAST),
         Case("rms", (1, 700)),
@@ -280,7 +277,7 @@ def test_a_sample_does_not_depend_on_the_batch(which, kind):
         alone = inputs(one, kind, activation="silu", residual=True)
         alone.gamma, alone.beta, alone.mean, alone.var = i.gamma, i.beta, i.mean, i.var
         whole = call(many, i, kind, which, threads=2).y
-        for sample, threads in itertools.product(range(3), (1, 2, 3)):
+        for sample, threads in ((0, 1), (1, 3), (2, 1)):
             here = slice(sample * size, (sample + 1) * size)
             alone.x, alone.dy, alone.residual = i.x[here], i.dy[here], i.residual[here]
             y = call(one, alone, kind, which, threads=threads).y
@@ -308,7 +305,7 @@ def drawn(draw):
     return Case(name, shape, layout, size, given)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     case=drawn(),
     kind=st.sampled_from(KINDS),
