@@ -91,12 +91,6 @@ __attribute__((always_inline)) inline void stream(float* p, vf v) {
 #endif
 }
 
-__attribute__((always_inline)) inline void streamed() {
-#if defined(__AVX2__)
-    _mm_sfence();
-#endif
-}
-
 // --- bfloat16: the upper half of a float -----------------------------------------------------------------------------
 
 __attribute__((always_inline)) inline vf load(const bf16* p) {

@@ -28,12 +28,12 @@ from normkit.kernels.native import (
     instruction_set,
     missing,
 )
+from normkit.torch._layout import CHANNELS_LAST, layout_of
 
 __all__ = ["covers", "evaluate", "normalize"]
 
 _native = available()
 _DTYPES = {torch.float32: TYPES["float32"], torch.bfloat16: TYPES["bfloat16"]}
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _SET = instruction_set()
 _ALONE = 1 << 14  # values below which a second thread costs more than it saves
 
@@ -52,7 +52,7 @@ def normalize(
 
     The caller has made sure that nothing but eager autograd is watching.
     """
-    layout = _layout(x)
+    layout = layout_of(x)
     if not registry.tried("native", spec.name, x.dtype, layout, x.shape):
         return None
     found = covers(spec, p, x, gamma, beta, residual)
@@ -79,7 +79,7 @@ def evaluate(
     residual: Tensor | None,
 ) -> Tensor | None:
     """Return act((x - mean) / sqrt(var + eps) * gamma + beta + residual), or None where no kernel covers the case."""
-    layout = _layout(x)
+    layout = layout_of(x)
     if not registry.tried("native", "batch_norm", x.dtype, layout, x.shape):
         return None
     numbers = _covers_given(layout, x, mean, var, gamma, beta, residual)
@@ -267,7 +267,7 @@ def covers(
     spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None = None
 ) -> Geometry | str:
     """The geometry of a case, or why no compiled kernel covers it."""
-    layout = _layout(x)
+    layout = layout_of(x)
     reason = _unfit(layout, x, residual, gamma, beta)
     if reason or layout is None:
         return reason
@@ -310,19 +310,12 @@ def _unfit(layout: Layout | None, x: Tensor, residual: Tensor | None, *affine: T
     return ""
 
 
-def _layout(x: Tensor) -> Layout | None:
-    if x.is_contiguous():
-        return "contiguous"
-    last = _CHANNELS_LAST.get(x.dim())
-    return "channels_last" if last is not None and x.is_contiguous(memory_format=last) else None
-
-
 def _like(t: Tensor, x: Tensor) -> Tensor:
     """In the type and order of the input."""
     t = t.to(x.dtype)
     if t.stride() == x.stride():
         return t
-    return t.contiguous() if x.is_contiguous() else t.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+    return t.contiguous() if x.is_contiguous() else t.contiguous(memory_format=CHANNELS_LAST[x.dim()])
 
 
 def _single(t: Tensor | None) -> Tensor | None:

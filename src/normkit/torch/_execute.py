@@ -33,6 +33,7 @@ from normkit.core.spec import NormSpec
 from normkit.errors import NormRuntimeError, message
 from normkit.kernels import registry
 from normkit.torch._buffers import watched
+from normkit.torch._layout import CHANNELS_LAST, layout_of
 
 __all__ = ["accumulator", "covers", "evaluate", "needs_plain", "normalize"]
 
@@ -112,10 +113,10 @@ def evaluate(
 
 
 def _torch_evaluates(spec: NormSpec, x: Tensor, kept: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> bool:
-    layout = _layout(x)
+    layout = layout_of(x)
     if not registry.tried("torch", spec.name, x.dtype, layout, x.shape):
         return False
-    if "var" in kept and layout != "other" and _kernel_types(x, *tensors):
+    if "var" in kept and layout is not None and _kernel_types(x, *tensors):
         return True
     registry.refused("torch", "an input or statistics of another type, layout or device than its kernel takes")
     return False
@@ -268,7 +269,7 @@ def _rms_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None,
 
 def _contiguous_group_norm(p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
     y, _ = _group_norm(p, x.contiguous(), gamma, beta, eps)
-    return y.contiguous(memory_format=_CHANNELS_LAST[x.dim()]), []
+    return y.contiguous(memory_format=CHANNELS_LAST[x.dim()]), []
 
 
 # PyTorch's own CPU kernels that meet the tolerance, by normalizer and layout. Its group norm in channels_last does not:
@@ -295,7 +296,6 @@ _KERNELS: dict[tuple[str, str], Kernel] = {
 # that: with 1e5 values at mean/std 1e4 its variance came out 57 times too large. A few rows are harmless.
 _FEW_ROWS = 64
 _KERNEL_DTYPES = (torch.float32, torch.float64)
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # PyTorch's own functions where a program is exported: the operations that other runtimes know.
 _EXPORTED: dict[str, Kernel] = {
@@ -313,7 +313,7 @@ def _allowed(
     spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor | None
 ) -> Kernel | None:
     """PyTorch's kernel for this case, if it covers it and may be used."""
-    if not registry.tried("torch", spec.name, x.dtype, _layout(x), x.shape):
+    if not registry.tried("torch", spec.name, x.dtype, layout_of(x), x.shape):
         return None
     found = "a mask or sample weights" if weight is not None else covers(spec, p, x, gamma, beta)
     if isinstance(found, str):
@@ -335,20 +335,13 @@ def covers(spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: T
         return "groups of one value"
     if not _kernel_types(x, gamma, beta):
         return "not all of one type, float32 or float64, on the CPU"
-    return _KERNELS.get((spec.name, _layout(x)), "no kernel of PyTorch's is exact here")
+    return _KERNELS.get((spec.name, layout_of(x) or "other"), "no kernel of PyTorch's is exact here")
 
 
 def _kernel_types(x: Tensor, *others: Tensor | None) -> bool:
     """Whether everything is of one type on a CPU, as PyTorch's kernels want it."""
     same = all(t is None or t.dtype == x.dtype for t in others)
     return same and x.device.type == "cpu" and x.dtype in _KERNEL_DTYPES
-
-
-def _layout(x: Tensor) -> str:
-    if x.is_contiguous():
-        return "contiguous"
-    last = _CHANNELS_LAST.get(x.dim())
-    return "channels_last" if last is not None and x.is_contiguous(memory_format=last) else "other"
 
 
 def needs_plain(*tensors: Tensor | None) -> bool:
