@@ -313,9 +313,10 @@ def compare(case: Case, i: Inputs, kind: str, which: str, got: Outputs, expected
             got.var, expected.var, rtol=ROOM * EPS32, atol=(4 * EPS32 * 1.5) ** 2 * 4, err_msg=label
         )
         if case.spec.center:
-            np.testing.assert_allclose(
-                got.mean, expected.mean, rtol=0, atol=EPS32 * EPS32 * top + 4 * EPS32 * 1.5, err_msg=label
-            )
+            # A lane adds 64 deviations from a guess, which may be off by most of a deviation: its sum grows to 64 of
+            # them, and so do the roundings, half a unit each. Bfloat16's few digits make them lean to one side.
+            allowed = EPS32 * EPS32 * top + 8 * EPS32 * 1.5
+            np.testing.assert_allclose(got.mean, expected.mean, rtol=0, atol=allowed, err_msg=label)
     for name in ("y", "dx", "dresidual", "dgamma", "dbeta"):
         actual, right = getattr(got, name), getattr(expected, name)
         if actual is None:

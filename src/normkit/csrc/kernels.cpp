@@ -1,9 +1,11 @@
 // Normalization over two geometries: statistics over contiguous runs (rows) and over strided columns. Compiled once per
 // instruction set, with NORMKIT_TABLE naming the table that it fills.
 //
-// Moments. Blocks that fit the nearest cache are read twice, for their mean and for the squares of the deviations from it,
-// and blocks are merged in double (Chan, Golub and LeVeque 1979): x is read from memory once, and no difference of two
-// large numbers is taken anywhere. The mean is kept as two floats, so that x - mean keeps its digits far from zero.
+// Moments. The mean is guessed from a few values; then x is read once, for the sums of deviations from the guess and of
+// their squares, in float within a block and in double across blocks. What the guess was off is taken out of both (Chan,
+// Golub and LeVeque 1983). Where that would cost digits, since the guess was further from the mean than the values are, x is
+// read again around the mean just found: no difference of two large numbers is taken anywhere. The mean is kept as two
+// floats, so that x - mean keeps its digits far from zero.
 #include "kernels.hpp"
 
 #include <cmath>
@@ -22,9 +24,10 @@ using namespace normkit;
 // A loop's body is written once and must be compiled twice: for whole vectors, and for the rest.
 #define ALWAYS __attribute__((always_inline))
 
-constexpr Index BLOCK = 4096;          // values that are read twice from the nearest cache
-constexpr Index COLUMN_BLOCK = 32768;  // the same for columns, from the second nearest: whole rows of the matrix
-constexpr Index COLUMN_EXACT = 1024;   // rows at most: a lane sums them one by one in float
+constexpr Index EXACT = 64;            // values that a lane adds up in float: more would cost digits
+constexpr Index BLOCK = EXACT * 2 * W; // values of a run that are added up so
+constexpr Index GUESSED = 64;          // values that the mean is guessed from
+constexpr Index COLUMN_BLOCK = 32768;  // values of whole rows of a matrix that the second cache holds
 
 // Zeros, or nothing. (A template of the standard library would be one symbol for all instruction sets.)
 template <class T>
@@ -122,6 +125,21 @@ inline Scale scale_of(double mean, double var, double eps) {
     return {high, (float)(mean - high), (float)(1.0 / std::sqrt(var + eps))};
 }
 
+// A statistic with its gamma and beta: z = (x - mean) * gain + shift. What the mean lost when it became a float is in
+// the shift, where it is as small as the shift's own rounding. (x * gain + shift would lose the digits of a far mean.)
+struct Line {
+    float mean, gain, shift;
+};
+
+inline Line line(const Scale& s, float gamma, float beta) {
+    const float gain = s.rstd * gamma;
+    return {s.mean, gain, beta - s.rest * gain};
+}
+
+inline Line line(const Scale& s, const Tensors& t, Index entry) {
+    return line(s, t.gamma ? t.gamma[entry] : 1.0f, t.beta ? t.beta[entry] : 0.0f);
+}
+
 inline Scale given(const Tensors& t, Index k) {
     const double mean = t.mean ? t.mean[k] + (t.rest ? (double)t.rest[k] : 0.0) : 0.0;
     return scale_of(mean, t.var[k], t.eps);
@@ -159,7 +177,7 @@ inline void write(T* p, vf v, int lanes) {
 }
 
 // Outputs of at least this many bytes do not stay in a cache anyway.
-constexpr Index STREAMED = 16 << 20;
+constexpr Index STREAMED = 12 << 20;
 
 // The same, past the caches where `past`.
 template <class T>
@@ -177,84 +195,94 @@ inline bool past_caches(const T* p, Index values) {
 
 inline vf masked(vf v, int lanes) { return lanes == W ? v : keep(v, first(lanes)); }
 
+// --- sums ------------------------------------------------------------------------------------------------------------
+
+// In double, lane by lane.
+typedef double vd __attribute__((vector_size(8 * W)));
+ALWAYS inline vd wide(vf v) { return __builtin_convertvector(v, vd); }
+
+// Sum body(place, lanes, sums) over runs of contiguous values: vectors within a block, in double across blocks. Meanwhile
+// `ahead(place)` is told of every line in the next run: memory is far away, and a processor does not guess where to.
+template <int N, class Body, class Ahead>
+ALWAYS inline void add_runs(Index runs, Index stride, Index span, double (&total)[N], Body body, Ahead ahead) {
+    constexpr int U = N > 1 ? 2 : 4;
+    vf part[U][N] = {};
+    vd whole[N] = {};
+    Index pending = 0;
+    const auto flush = [&]() ALWAYS {
+        for (int n = 0; n < N; ++n) {
+            vf s = part[0][n];
+            for (int u = 1; u < U; ++u) s += part[u][n];
+            whole[n] += wide(s);
+            for (int u = 0; u < U; ++u) part[u][n] = vf{};
+        }
+        pending = 0;
+    };
+    for (Index run = 0; run < runs; ++run) {
+        const Index start = run * stride;
+        for (Index from = 0; from < span; from += BLOCK) {
+            const Index to = span - from < BLOCK ? span : from + BLOCK;
+            Index k = from;
+            for (; k + U * W <= to; k += U * W)
+                for (int u = 0; u < U; ++u) {
+                    ahead(start + stride + k + u * W);
+                    body(start + k + u * W, W, part[u]);
+                }
+            for (; k + W <= to; k += W) body(start + k, W, part[0]);
+            if (k < to) body(start + k, (int)(to - k), part[0]);
+            pending += to - from;
+            if (pending >= BLOCK) flush();
+        }
+    }
+    flush();
+    for (int n = 0; n < N; ++n)
+        for (int k = 0; k < W; ++k) total[n] += whole[n][k];
+}
+
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // --- statistics of a row ---------------------------------------------------------------------------------------------
 
-template <class T>
-void block_moments(const T* x, Index runs, Index stride, Index span, bool center, Moments& total) {
-    const double n = (double)(runs * span);
-    double mean = 0;
-    if (center) {
-        vf s[4] = {};
-        for (Index r = 0; r < runs; ++r) {
-            const T* p = x + r * stride;
-            Index k = 0;
-            for (; k + 4 * W <= span; k += 4 * W)
-                for (int u = 0; u < 4; ++u) s[u] += load(p + k + u * W);
-            along(span - k, [&](Index j, int lanes) ALWAYS { s[0] += read(p + k + j, lanes); });
-        }
-        mean = sum((s[0] + s[1]) + (s[2] + s[3])) / n;
-    }
-    const float about = (float)mean;
-    vf s1[4] = {}, s2[4] = {};
-    for (Index r = 0; r < runs; ++r) {
-        const T* p = x + r * stride;
-        Index k = 0;
-        for (; k + 4 * W <= span; k += 4 * W)
-            for (int u = 0; u < 4; ++u) {
-                const vf d = load(p + k + u * W) - about;
-                s1[u] += d;
-                s2[u] += d * d;
-            }
-        along(span - k, [&](Index j, int lanes) ALWAYS {
-            const vf d = masked(read(p + k + j, lanes) - about, lanes);
-            s1[0] += d;
-            s2[0] += d * d;
-        });
-    }
-    const double squares = sum((s2[0] + s2[1]) + (s2[2] + s2[3]));
-    if (!center) {
-        total.squares += squares;
-        total.count += n;
-        return;
-    }
-    const double off = sum((s1[0] + s1[1]) + (s1[2] + s1[3]));
-    total.merge(n, about + off / n, squares - off * off / n);
-}
+// Whether a guess of the mean was too far from it: the distance makes up more than half of the squares.
+inline bool far(double off, double squares, double n) { return off * off > squares * n * 0.5; }
 
 template <class T>
 Moments row_moments(const T* x, Index runs, Index stride, Index span, bool center) {
     if (stride == span) {
         span *= runs;
         runs = 1;
+        stride = 0;
     }
-    Moments total;
-    if (span >= BLOCK) {
-        for (Index r = 0; r < runs; ++r)
-            for (Index k = 0; k < span; k += BLOCK)
-                block_moments(x + r * stride + k, 1, 0, span - k < BLOCK ? span - k : BLOCK, center, total);
-    } else {
-        const Index together = BLOCK / span;
-        for (Index r = 0; r < runs; r += together)
-            block_moments(x + r * stride, runs - r < together ? runs - r : together, stride, span, center, total);
+    const double n = (double)(runs * span);
+    float guess = 0;
+    if (center) {
+        double first[1] = {};
+        const Index some = span < GUESSED ? span : GUESSED;
+        add_runs(1, 0, some, first, [&](Index k, int lanes, vf* s) ALWAYS { s[0] += read(x + k, lanes); }, [](Index) {});
+        guess = (float)(first[0] / some);
     }
-    return total;
+    for (bool again = false;; again = true) {
+        double s[2] = {};
+        const vf about = splat(guess);
+        add_runs(runs, stride, span, s, [&](Index k, int lanes, vf* part) ALWAYS {
+            const vf d = masked(read(x + k, lanes) - about, lanes);
+            part[0] += d;
+            part[1] += d * d;
+        }, [&](Index k) ALWAYS { fetch(x + k); });
+        Moments m;
+        m.count = n;
+        if (!center) {
+            m.squares = s[1];
+            return m;
+        }
+        m.mean = guess + s[0] / n;
+        m.squares = s[1] - s[0] * s[0] / n;
+        if (again || !far(s[0], s[1], n)) return m;
+        guess = (float)m.mean;
+    }
 }
 
-// --- bundles: rows of many short runs ---------------------------------------------------------------------------------
-//
-// Runs of 49 values, a channel of a small map, lie far apart: one by one, each costs a page. Neighbouring rows of a bundle
-// are taken together, so that memory is read in longer pieces. Only where a row has one gamma.
-
-constexpr Index SHORT = 1024;      // values of a run, below which rows are bundled
-constexpr Index BUNDLE = 32;       // rows of a bundle, at most
-constexpr Index CACHED = 98304;    // values that a bundle may hold, to be still in the second cache when read again
-
-inline Index bundle_size(const Rows& g, Index tensors) {
-    const Index fitting = CACHED / (tensors * g.runs * g.span);
-    return fitting < 1 ? 1 : fitting > BUNDLE ? BUNDLE : fitting;
-}
-
-// The place of a bundle: rows [row, row + size) with entries [b, b + size), the first starting at `start`.
+// Neighbouring rows [row, row + size) with entries [b, b + size), the first starting at `start`.
 struct Bundle {
     Index row, b, size, start;
 
@@ -268,90 +296,13 @@ struct Bundle {
     static Index count(const Rows& g, Index most) { return g.rows / g.inner * ((g.inner + most - 1) / most); }
 };
 
-// Add up body(row of the bundle, place) over all runs: vectors within a block, in double across blocks.
-template <int N, class Body>
-ALWAYS inline void bundle_sums(const Rows& g, const Bundle& bundle, double (*total)[N], Body body) {
-    const Index together = BLOCK / g.span;
-    for (Index from = 0; from < g.runs; from += together) {
-        const Index to = g.runs - from < together ? g.runs : from + together;
-        vf part[BUNDLE][N];
-        for (Index i = 0; i < bundle.size; ++i)
-            for (int u = 0; u < N; ++u) part[i][u] = vf{};
-        for (Index run = from; run < to; ++run)
-            for (Index i = 0; i < bundle.size; ++i)
-                body(i, bundle.start + i * g.inner_stride + run * g.run_stride, part[i]);
-        for (Index i = 0; i < bundle.size; ++i)
-            for (int u = 0; u < N; ++u) total[i][u] += sum(part[i][u]);
-    }
-}
-
-template <class T>
-void bundle_scales(const Rows& g, const Tensors& t, const Bundle& bundle, Scale* scales) {
-    const T* const x = (const T*)t.x;
-    const double n = (double)(g.runs * g.span);
-    double sums[BUNDLE][1] = {}, about[BUNDLE][2] = {};
-    float mean[BUNDLE] = {};
-    if (t.center) {
-        bundle_sums<1>(g, bundle, sums, [&](Index, Index at, vf* part) ALWAYS {
-            vf s = {};
-            along(g.span, [&](Index k, int lanes) ALWAYS { s += read(x + at + k, lanes); });
-            part[0] += s;
-        });
-        for (Index i = 0; i < bundle.size; ++i) mean[i] = (float)(sums[i][0] / n);
-    }
-    bundle_sums<2>(g, bundle, about, [&](Index i, Index at, vf* part) ALWAYS {
-        const vf m = splat(mean[i]);
-        vf s1 = {}, s2 = {};
-        along(g.span, [&](Index k, int lanes) ALWAYS {
-            const vf d = masked(read(x + at + k, lanes) - m, lanes);
-            s1 += d;
-            s2 += d * d;
-        });
-        part[0] += s1;
-        part[1] += s2;
-    });
-    for (Index i = 0; i < bundle.size; ++i) {
-        Moments m;
-        m.count = n;
-        m.mean = t.center ? mean[i] + about[i][0] / n : 0.0;
-        m.squares = about[i][1] - (t.center ? about[i][0] * about[i][0] / n : 0.0);
-        scales[i] = kept(t, bundle.row + i, m);
-    }
-}
-
-template <class T, int A, bool R>
-void bundles_forward(const Rows& g, const Tensors& t) {
-    const T* const x = (const T*)t.x;
-    const T* const residual = (const T*)t.residual;
-    T* const y = (T*)t.y;
-    const Index most = bundle_size(g, 1), count = Bundle::count(g, most);
-#pragma omp parallel for num_threads(t.threads) schedule(static)
-    for (Index number = 0; number < count; ++number) {
-        const Bundle bundle(g, number, most);
-        Scale scales[BUNDLE];
-        bundle_scales<T>(g, t, bundle, scales);
-        for (Index run = 0; run < g.runs; ++run)
-            for (Index i = 0; i < bundle.size; ++i) {
-                const Index at = bundle.start + i * g.inner_stride + run * g.run_stride, entry = bundle.b + i;
-                const Scale s = scales[i];
-                const float gain = t.gamma ? s.rstd * t.gamma[entry] : s.rstd, shift = t.beta ? t.beta[entry] : 0.0f;
-                along(g.span, [&](Index k, int lanes) ALWAYS {
-                    vf z = ((read(x + at + k, lanes) - s.mean) - s.rest) * gain + shift;
-                    if constexpr (R) z += read(residual + at + k, lanes);
-                    write(y + at + k, activate<A>(z), lanes);
-                });
-            }
-    }
-}
-
 // --- patches: rows of runs so short that vectors do not fit them -----------------------------------------------------
 //
 // Neighbouring rows lie side by side in every run: 15 channels of 7 x 7 are 735 values in one piece. What belongs to a row
 // (mean, gain, ...) is spread over an array as long as the piece, so that whole vectors serve, whatever rows they cross.
 
-constexpr Index PATCHED = 128;    // values of a run, below which rows are patched together
+constexpr Index PATCHED = 256;    // values of a run, below which rows are patched together
 constexpr Index PATCH = 768;      // values of a piece: eight arrays of them stay in the nearest cache
-constexpr Index EXACT = 256;      // runs that are summed in float
 
 inline bool patched(const Rows& g, const Tensors& t) {
     return g.affine == PER_ROW && g.span < PATCHED && g.inner_stride == g.span && !t.given;
@@ -362,14 +313,21 @@ inline Index patch_rows(const Rows& g) { return PATCH / g.span < 1 ? 1 : PATCH /
 // Sum an array of a patch over the values of every row.
 inline void add_up(const float* values, Index rows, Index span, double* total) {
     for (Index i = 0; i < rows; ++i) {
-        double s = 0;
-        for (Index k = 0; k < span; ++k) s += values[i * span + k];
-        total[i] += s;
+        vd s = {};
+        along(span, [&](Index k, int lanes) ALWAYS { s += wide(read(values + i * span + k, lanes)); });
+        for (int k = 0; k < W; ++k) total[i] += s[k];
     }
 }
 
 inline void fill(float* values, Index row, Index span, float value) {
     for (Index k = 0; k < span; ++k) values[row * span + k] = value;
+}
+
+template <class T>
+inline float run_mean(const T* p, Index span) {
+    vf s = {};
+    along(span, [&](Index k, int lanes) ALWAYS { s += read(p + k, lanes); });
+    return (float)(sum(s) / span);
 }
 
 template <class T, int A, bool R>
@@ -384,54 +342,52 @@ void patches_forward(const Rows& g, const Tensors& t) {
         const Bundle patch(g, number, most);
         const Index width = patch.size * g.span;
         const T* const px = x + patch.start;
-        float mean[PATCH], rest[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
-        double sums[PATCH] = {}, squares[PATCH] = {}, about[PATCH] = {};
-        if (t.center) {
+        float mean[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
+        float about[PATCH] = {};
+        double sums[PATCH], squares[PATCH];
+        if (t.center)
+            for (Index i = 0; i < patch.size; ++i) about[i] = run_mean(px + i * g.span, g.span);
+        for (bool again = false, done = false; !done; again = true) {
+            for (Index i = 0; i < patch.size; ++i) {
+                sums[i] = squares[i] = 0;
+                fill(mean, i, g.span, about[i]);
+            }
             for (Index from = 0; from < g.runs; from += EXACT) {
-                for (Index k = 0; k < width; ++k) s1[k] = 0;
+                for (Index k = 0; k < width; ++k) s1[k] = s2[k] = 0;
                 for (Index run = from; run < g.runs && run < from + EXACT; ++run) {
-                    const T* const p = px + run * g.run_stride;
+                    const T *const p = px + run * g.run_stride, *const next = p + g.run_stride;
                     along(width, [&](Index k, int lanes) ALWAYS {
-                        write(s1 + k, read(s1 + k, lanes) + read(p + k, lanes), lanes);
+                        fetch(next + k);
+                        const vf d = read(p + k, lanes) - read(mean + k, lanes);
+                        write(s1 + k, read(s1 + k, lanes) + d, lanes);
+                        write(s2 + k, read(s2 + k, lanes) + d * d, lanes);
                     });
                 }
                 add_up(s1, patch.size, g.span, sums);
+                add_up(s2, patch.size, g.span, squares);
             }
-        }
-        for (Index i = 0; i < patch.size; ++i) {
-            about[i] = (float)(sums[i] / n);
-            sums[i] = 0;
-            fill(mean, i, g.span, (float)about[i]);
-        }
-        for (Index from = 0; from < g.runs; from += EXACT) {
-            for (Index k = 0; k < width; ++k) s1[k] = s2[k] = 0;
-            for (Index run = from; run < g.runs && run < from + EXACT; ++run) {
-                const T* const p = px + run * g.run_stride;
-                along(width, [&](Index k, int lanes) ALWAYS {
-                    const vf d = read(p + k, lanes) - read(mean + k, lanes);
-                    write(s1 + k, read(s1 + k, lanes) + d, lanes);
-                    write(s2 + k, read(s2 + k, lanes) + d * d, lanes);
-                });
-            }
-            add_up(s1, patch.size, g.span, sums);
-            add_up(s2, patch.size, g.span, squares);
+            done = true;
+            if (again || !t.center) continue;
+            for (Index i = 0; i < patch.size; ++i)
+                if (far(sums[i], squares[i], n)) {
+                    about[i] = (float)(about[i] + sums[i] / n);
+                    done = false;
+                }
         }
         for (Index i = 0; i < patch.size; ++i) {
             Moments m;
             m.count = n;
             m.mean = t.center ? about[i] + sums[i] / n : 0.0;
             m.squares = squares[i] - (t.center ? sums[i] * sums[i] / n : 0.0);
-            const Scale s = kept(t, patch.row + i, m);
+            const Line s = line(kept(t, patch.row + i, m), t, patch.b + i);
             fill(mean, i, g.span, s.mean);
-            fill(rest, i, g.span, s.rest);
-            fill(gain, i, g.span, t.gamma ? s.rstd * t.gamma[patch.b + i] : s.rstd);
-            fill(shift, i, g.span, t.beta ? t.beta[patch.b + i] : 0.0f);
+            fill(gain, i, g.span, s.gain);
+            fill(shift, i, g.span, s.shift);
         }
         for (Index run = g.runs; run-- > 0;) {
             const Index at = patch.start + run * g.run_stride;
             along(width, [&](Index k, int lanes) ALWAYS {
-                vf z = ((read(x + at + k, lanes) - read(mean + k, lanes)) - read(rest + k, lanes)) * read(gain + k, lanes) +
-                       read(shift + k, lanes);
+                vf z = (read(x + at + k, lanes) - read(mean + k, lanes)) * read(gain + k, lanes) + read(shift + k, lanes);
                 if constexpr (R) z += read(residual + at + k, lanes);
                 write(y + at + k, activate<A>(z), lanes);
             });
@@ -447,7 +403,6 @@ void rows_forward(const Rows& g, const Tensors& t) {
     const T* const residual = (const T*)t.residual;
     T* const y = (T*)t.y;
     if (patched(g, t)) return patches_forward<T, A, R>(g, t);
-    if (g.affine == PER_ROW && g.span < SHORT && !t.given) return bundles_forward<T, A, R>(g, t);
     const Index values = g.rows * g.runs * g.span;
 #pragma omp parallel for num_threads(t.threads) schedule(static)
     for (Index row = 0; row < g.rows; ++row) {
@@ -463,18 +418,16 @@ void rows_forward(const Rows& g, const Tensors& t) {
             if (g.affine == PER_VALUE) {
                 const float *const gamma = t.gamma, *const beta = t.beta;
                 along(g.span, [&](Index k, int lanes) ALWAYS {
-                    vf z = ((read(px + k, lanes) - s.mean) - s.rest) * s.rstd;
-                    if (gamma) z *= read(gamma + k, lanes);
-                    if (beta) z += read(beta + k, lanes);
+                    const vf gain = gamma ? read(gamma + k, lanes) * s.rstd : splat(s.rstd);
+                    vf z = (read(px + k, lanes) - s.mean) * gain + ((beta ? read(beta + k, lanes) : vf{}) - s.rest * gain);
                     if constexpr (R) z += read(pr + k, lanes);
                     write(py + k, activate<A>(z), lanes, past);
                 });
                 continue;
             }
-            const Index entry = g.affine == PER_ROW ? b : b * g.runs + run;
-            const float gain = t.gamma ? s.rstd * t.gamma[entry] : s.rstd, shift = t.beta ? t.beta[entry] : 0.0f;
+            const Line l = line(s, t, g.affine == PER_ROW ? b : b * g.runs + run);
             along(g.span, [&](Index k, int lanes) ALWAYS {
-                vf z = ((read(px + k, lanes) - s.mean) - s.rest) * gain + shift;
+                vf z = (read(px + k, lanes) - l.mean) * l.gain + l.shift;
                 if constexpr (R) z += read(pr + k, lanes);
                 write(py + k, activate<A>(z), lanes, past);
             });
@@ -497,110 +450,37 @@ ALWAYS inline vf before_activation(const T* dy, const T* residual, Index k, int 
     return derivative<A>(z, d);
 }
 
-// The gradient of the input. Given statistics do not depend on it: nothing is subtracted, nor an infinity times 0.
-ALWAYS inline vf corrected(const Tensors& t, vf d, vf one, vf centred, vf two) {
-    return t.given ? d : (d - one) - centred * two;
-}
+// What is subtracted from the gradient of the input: one + off * two, where off = x - mean. Given statistics do not depend
+// on the input: nothing is subtracted, nor an infinity times 0.
+struct Correction {
+    float one = 0, two = 0;
+
+    // From the sums over n values, which hold gamma.
+    Correction(const Tensors& t, const Scale& s, double sg, double sgx, double n) {
+        if (t.given) return;
+        const double rstd = s.rstd;
+        two = (float)(sgx / n * rstd * rstd * rstd);
+        one = (t.center ? (float)(sg / n * rstd) : 0.0f) - s.rest * two;
+    }
+};
+
+ALWAYS inline vf corrected(bool given, vf d, vf one, vf off, vf two) { return given ? d : (d - one) - off * two; }
 
 template <class T, int A, bool R>
-Pair runs_sums(const T* x, const T* dy, const T* residual, Index runs, Index stride, Index span, const Scale& s,
-               float gain, float beta) {
-    Pair total;
-    const vf vg = splat(gain), vb = splat(beta);
-    vf a[2] = {}, b[2] = {};
-    Index pending = 0;
-    for (Index run = 0; run < runs; ++run) {
-        const T *px = x + run * stride, *pd = dy + run * stride, *pr = R ? residual + run * stride : nullptr;
-        for (Index from = 0; from < span; from += BLOCK) {
-            const Index n = span - from < BLOCK ? span - from : BLOCK;
-            const auto body = [&](Index k, int lanes, int u) ALWAYS {
-                const vf centred = (read(px + k, lanes) - s.mean) - s.rest;
-                const vf d = masked(before_activation<T, A, R>(pd, pr, k, lanes, centred, vg, vb), lanes);
-                a[u] += d;
-                b[u] += d * centred;
-            };
-            Index k = from;
-            for (; k + 2 * W <= from + n; k += 2 * W) {
-                body(k, W, 0);
-                body(k + W, W, 1);
-            }
-            if (k + W <= from + n) {
-                body(k, W, 0);
-                k += W;
-            }
-            if (k < from + n) body(k, (int)(from + n - k), 1);
-            pending += n;
-            if (pending >= BLOCK) {
-                total.g += sum(a[0] + a[1]);
-                total.gx += sum(b[0] + b[1]);
-                a[0] = a[1] = b[0] = b[1] = vf{};
-                pending = 0;
-            }
-        }
-    }
-    total.g += sum(a[0] + a[1]);
-    total.gx += sum(b[0] + b[1]);
-    return total;
-}
-
-template <class T, int A, bool R>
-void bundles_backward(const Rows& g, const Tensors& t, double* dgamma, double* dbeta) {
-    const T* const x = (const T*)t.x;
-    const T* const dy = (const T*)t.dy;
-    const T* const residual = (const T*)t.residual;
-    T* const dx = (T*)t.dx;
-    T* const dresidual = (T*)t.dresidual;
-    const Index most = bundle_size(g, 2), count = Bundle::count(g, most);
-    const double n = (double)(g.runs * g.span);
-#pragma omp parallel for num_threads(t.threads) schedule(static)
-    for (Index number = 0; number < count; ++number) {
-        const Bundle bundle(g, number, most);
-        Scale scales[BUNDLE];
-        float gains[BUNDLE], betas[BUNDLE], c1[BUNDLE], c2[BUNDLE];
-        double sums[BUNDLE][2] = {};
-        for (Index i = 0; i < bundle.size; ++i) {
-            const Index entry = bundle.b + i;
-            scales[i] = given(t, t.given ? entry : bundle.row + i);
-            gains[i] = t.gamma ? scales[i].rstd * t.gamma[entry] : scales[i].rstd;
-            betas[i] = t.beta ? t.beta[entry] : 0.0f;
-        }
-        bundle_sums<2>(g, bundle, sums, [&](Index i, Index at, vf* part) ALWAYS {
-            const vf mean = splat(scales[i].mean), rest = splat(scales[i].rest), gain = splat(gains[i]);
-            const vf beta = splat(betas[i]);
-            vf a = {}, b = {};
-            along(g.span, [&](Index k, int lanes) ALWAYS {
-                const vf centred = (read(x + at + k, lanes) - mean) - rest;
-                const vf d = masked(
-                    before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, centred, gain, beta), lanes);
-                a += d;
-                b += d * centred;
-            });
-            part[0] += a;
-            part[1] += b;
-        });
-        for (Index i = 0; i < bundle.size; ++i) {
-            const double rstd = scales[i].rstd, gamma = t.gamma ? t.gamma[bundle.b + i] : 1.0;
-            if (dgamma) dgamma[bundle.row + i] = sums[i][1] * rstd;
-            if (dbeta) dbeta[bundle.row + i] = sums[i][0];
-            c1[i] = t.given || !t.center ? 0.0f : (float)(gamma * sums[i][0] / n * rstd);
-            c2[i] = t.given ? 0.0f : (float)(gamma * sums[i][1] / n * rstd * rstd * rstd);
-        }
-        if (!dx && !dresidual) continue;
-        for (Index run = 0; run < g.runs; ++run)
-            for (Index i = 0; i < bundle.size; ++i) {
-                const Index at = bundle.start + i * g.inner_stride + run * g.run_stride;
-                const Scale s = scales[i];
-                const vf gain = splat(gains[i]), beta = splat(betas[i]);
-                const vf one = splat(c1[i]), two = splat(c2[i]);
-                along(g.span, [&](Index k, int lanes) ALWAYS {
-                    const vf centred = (read(x + at + k, lanes) - s.mean) - s.rest;
-                    const vf d =
-                        before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, centred, gain, beta);
-                    if (dx) write(dx + at + k, corrected(t, d * gain, one, centred, two), lanes);
-                    if (R && dresidual) write(dresidual + at + k, d, lanes);
-                });
-            }
-    }
+Pair runs_sums(const T* x, const T* dy, const T* residual, Index runs, Index stride, Index span, const Line& l,
+               float rest) {
+    double total[2] = {};
+    const vf mean = splat(l.mean), gain = splat(l.gain), shift = splat(l.shift);
+    add_runs(runs, stride, span, total, [&](Index k, int lanes, vf* part) ALWAYS {
+        const vf off = read(x + k, lanes) - mean;
+        const vf d = masked(before_activation<T, A, R>(dy, residual, k, lanes, off, gain, shift), lanes);
+        part[0] += d;
+        part[1] += d * off;
+    }, [&](Index k) ALWAYS {
+        fetch(x + k);
+        fetch(dy + k);
+    });
+    return {total[0], total[1] - rest * total[0]};
 }
 
 template <class T, int A, bool R>
@@ -616,25 +496,26 @@ void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
     for (Index number = 0; number < count; ++number) {
         const Bundle patch(g, number, most);
         const Index width = patch.size * g.span;
-        float mean[PATCH], rest[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
+        float mean[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
         double sums[PATCH] = {}, products[PATCH] = {};
         for (Index i = 0; i < patch.size; ++i) {
-            const Scale s = given(t, patch.row + i);
-            fill(mean, i, g.span, s.mean);
-            fill(rest, i, g.span, s.rest);
-            fill(gain, i, g.span, t.gamma ? s.rstd * t.gamma[patch.b + i] : s.rstd);
-            fill(shift, i, g.span, t.beta ? t.beta[patch.b + i] : 0.0f);
+            const Line l = line(given(t, patch.row + i), t, patch.b + i);
+            fill(mean, i, g.span, l.mean);
+            fill(gain, i, g.span, l.gain);
+            fill(shift, i, g.span, l.shift);
         }
         for (Index from = 0; from < g.runs; from += EXACT) {
             for (Index k = 0; k < width; ++k) s1[k] = s2[k] = 0;
             for (Index run = from; run < g.runs && run < from + EXACT; ++run) {
-                const Index at = patch.start + run * g.run_stride;
+                const Index at = patch.start + run * g.run_stride, next = at + g.run_stride;
                 along(width, [&](Index k, int lanes) ALWAYS {
-                    const vf centred = (read(x + at + k, lanes) - read(mean + k, lanes)) - read(rest + k, lanes);
-                    const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, centred,
+                    fetch(x + next + k);
+                    fetch(dy + next + k);
+                    const vf off = read(x + at + k, lanes) - read(mean + k, lanes);
+                    const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, off,
                                                             read(gain + k, lanes), read(shift + k, lanes));
                     write(s1 + k, read(s1 + k, lanes) + d, lanes);
-                    write(s2 + k, read(s2 + k, lanes) + d * centred, lanes);
+                    write(s2 + k, read(s2 + k, lanes) + d * off, lanes);
                 });
             }
             add_up(s1, patch.size, g.span, sums);
@@ -642,21 +523,23 @@ void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
         }
         // s1 and s2 become what is subtracted.
         for (Index i = 0; i < patch.size; ++i) {
-            const double rstd = given(t, patch.row + i).rstd, gamma = t.gamma ? t.gamma[patch.b + i] : 1.0;
-            if (dgamma) dgamma[patch.row + i] = products[i] * rstd;
+            const Scale s = given(t, patch.row + i);
+            const double gamma = t.gamma ? t.gamma[patch.b + i] : 1.0;
+            const double product = products[i] - s.rest * sums[i];
+            if (dgamma) dgamma[patch.row + i] = product * s.rstd;
             if (dbeta) dbeta[patch.row + i] = sums[i];
-            fill(s1, i, g.span, t.center ? (float)(gamma * sums[i] / n * rstd) : 0.0f);
-            fill(s2, i, g.span, (float)(gamma * products[i] / n * rstd * rstd * rstd));
+            const Correction c(t, s, gamma * sums[i], gamma * product, n);
+            fill(s1, i, g.span, c.one);
+            fill(s2, i, g.span, c.two);
         }
         if (!dx && !dresidual) continue;
         for (Index run = g.runs; run-- > 0;) {
             const Index at = patch.start + run * g.run_stride;
             along(width, [&](Index k, int lanes) ALWAYS {
-                const vf centred = (read(x + at + k, lanes) - read(mean + k, lanes)) - read(rest + k, lanes);
-                const vf scale = read(gain + k, lanes);
-                const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, centred, scale,
+                const vf off = read(x + at + k, lanes) - read(mean + k, lanes), scale = read(gain + k, lanes);
+                const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, off, scale,
                                                         read(shift + k, lanes));
-                if (dx) write(dx + at + k, (d * scale - read(s1 + k, lanes)) - centred * read(s2 + k, lanes), lanes);
+                if (dx) write(dx + at + k, (d * scale - read(s1 + k, lanes)) - off * read(s2 + k, lanes), lanes);
                 if (R && dresidual) write(dresidual + at + k, d, lanes);
             });
         }
@@ -676,11 +559,8 @@ void rows_backward(const Rows& g, const Tensors& t) {
     const Index shares = each ? t.threads * entries : g.affine == PER_ROW ? g.rows : g.rows * g.runs;
     Array<double> dgamma(t.dgamma ? shares : 0);
     Array<double> dbeta(t.dbeta ? shares : 0);
-    const bool bundled = g.affine == PER_ROW && g.span < SHORT;
-    if (patched(g, t))
-        patches_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
-    else if (bundled)
-        bundles_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
+    const bool bundled = patched(g, t);
+    if (bundled) patches_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
 #pragma omp parallel num_threads(t.threads) if (!bundled)
     {
         int thread = 0;
@@ -708,9 +588,9 @@ void rows_backward(const Rows& g, const Tensors& t) {
                 const Index together = g.affine == PER_ROW ? g.runs : 1;
                 for (Index run = 0; run < g.runs; run += together) {
                     const Index at = start + run * g.run_stride, entry = g.affine == PER_ROW ? b : b * g.runs + run;
-                    const float gamma = t.gamma ? t.gamma[entry] : 1.0f, beta = t.beta ? t.beta[entry] : 0.0f;
+                    const float gamma = t.gamma ? t.gamma[entry] : 1.0f;
                     const Pair p = runs_sums<T, A, R>(x + at, dy + at, residual + (R ? at : 0), together, g.run_stride,
-                                                      g.span, s, gamma * s.rstd, beta);
+                                                      g.span, line(s, t, entry), s.rest);
                     sg += gamma * p.g;
                     sgx += gamma * p.gx;
                     const Index share = g.affine == PER_ROW ? row : row * g.runs + run;
@@ -723,11 +603,10 @@ void rows_backward(const Rows& g, const Tensors& t) {
                 const float *const gammas = t.gamma, *const betas = t.beta;
                 float *const own_gamma = dgamma ? block.get() : nullptr, *const own_beta = dbeta ? block.get() + entries : nullptr;
                 along(g.span, [&](Index k, int lanes) ALWAYS {
-                    const vf centred = (read(px + k, lanes) - s.mean) - s.rest;
-                    const vf gamma = gammas ? read(gammas + k, lanes) : splat(1.0f);
-                    const vf beta = betas ? read(betas + k, lanes) : vf{};
-                    const vf d =
-                        masked(before_activation<T, A, R>(pd, pr, k, lanes, centred, gamma * s.rstd, beta), lanes);
+                    const vf off = read(px + k, lanes) - s.mean, centred = off - s.rest;
+                    const vf gamma = gammas ? read(gammas + k, lanes) : splat(1.0f), gain = gamma * s.rstd;
+                    const vf shift = (betas ? read(betas + k, lanes) : vf{}) - s.rest * gain;
+                    const vf d = masked(before_activation<T, A, R>(pd, pr, k, lanes, off, gain, shift), lanes);
                     if (own_gamma) write(own_gamma + k, read(own_gamma + k, lanes) + d * (centred * s.rstd), lanes);
                     if (own_beta) write(own_beta + k, read(own_beta + k, lanes) + d, lanes);
                     a += d * gamma;
@@ -738,30 +617,30 @@ void rows_backward(const Rows& g, const Tensors& t) {
                 if ((dgamma || dbeta) && ++pending == 64) flush();
             }
             if (!dx && !dresidual) continue;
-            const double n = (double)(g.runs * g.span), rstd = s.rstd;
-            const float c1 = t.given || !t.center ? 0.0f : (float)(sg / n * rstd);
-            const float c2 = t.given ? 0.0f : (float)(sgx / n * rstd * rstd * rstd);
+            const Correction c(t, s, sg, sgx, (double)(g.runs * g.span));
+            const vf one = splat(c.one), two = splat(c.two);
+            const bool constants = t.given;
             for (Index run = g.runs; run-- > 0;) {
                 const Index at = start + run * g.run_stride;
                 const T *px = x + at, *pd = dy + at, *pr = residual + (R ? at : 0);
                 const bool past = dx && past_caches(dx + at, g.rows * g.runs * g.span);
-                const Index entry = g.affine == PER_ROW ? b : b * g.runs + run;
-                const vf one_gain = splat(!each && t.gamma ? t.gamma[entry] * s.rstd : s.rstd);
-                const vf one_beta = splat(!each && t.beta ? t.beta[entry] : 0.0f);
-                const auto body = [&](Index k, int lanes, vf gain, vf beta) ALWAYS {
-                    const vf centred = (read(px + k, lanes) - s.mean) - s.rest;
-                    const vf d = before_activation<T, A, R>(pd, pr, k, lanes, centred, gain, beta);
-                    if (dx) write(dx + at + k, corrected(t, d * gain, splat(c1), centred, splat(c2)), lanes, past);
+                const auto body = [&](Index k, int lanes, vf gain, vf shift) ALWAYS {
+                    const vf off = read(px + k, lanes) - s.mean;
+                    const vf d = before_activation<T, A, R>(pd, pr, k, lanes, off, gain, shift);
+                    if (dx) write(dx + at + k, corrected(constants, d * gain, one, off, two), lanes, past);
                     if (R && dresidual) write(dresidual + at + k, d, lanes);
                 };
                 if (each) {
                     const float *const gammas = t.gamma, *const betas = t.beta;
                     along(g.span, [&](Index k, int lanes) ALWAYS {
-                        body(k, lanes, gammas ? read(gammas + k, lanes) * s.rstd : one_gain,
-                             betas ? read(betas + k, lanes) : one_beta);
+                        const vf gain = gammas ? read(gammas + k, lanes) * s.rstd : splat(s.rstd);
+                        body(k, lanes, gain, (betas ? read(betas + k, lanes) : vf{}) - s.rest * gain);
                     });
-                } else
-                    along(g.span, [&](Index k, int lanes) ALWAYS { body(k, lanes, one_gain, one_beta); });
+                } else {
+                    const Line l = line(s, t, g.affine == PER_ROW ? b : b * g.runs + run);
+                    const vf gain = splat(l.gain), shift = splat(l.shift);
+                    along(g.span, [&](Index k, int lanes) ALWAYS { body(k, lanes, gain, shift); });
+                }
             }
         }
         if (each && (dgamma || dbeta)) flush();
@@ -792,78 +671,115 @@ ALWAYS inline void tiles(Index channels, Body body) {
 // Rows of a matrix that are gone through together, tile by tile: they stay in the second cache.
 inline Index block_rows(Index channels) {
     const Index rows = COLUMN_BLOCK / channels;
-    return rows < 8 ? 8 : rows > COLUMN_EXACT ? COLUMN_EXACT : rows;
+    return rows < 8 ? 8 : rows > EXACT ? EXACT : rows;
 }
 
-// Moments of all columns of rows [from, to), merged into those that are there.
+inline Index bound(Index length, int part, int parts) { return length * part / parts; }
+
+ALWAYS inline void add_lanes(double* total, vf v, int lanes) {
+    if (lanes < W) {
+        for (int k = 0; k < lanes; ++k) total[k] += v[k];
+        return;
+    }
+    vd sum;
+    std::memcpy(&sum, total, sizeof sum);
+    sum += wide(v);
+    std::memcpy(total, &sum, sizeof sum);
+}
+
+constexpr Index AHEAD = 8;  // rows that are fetched before their turn
+
+// Sums over rows [from, to) of every column, of deviations from a guess of the mean and of their squares, added to those
+// that are there.
 template <class T>
-void column_moments(const T* x, Index from, Index to, Index channels, bool center, Moments* total) {
+void column_deviations(const T* x, Index from, Index to, Index channels, const float* guess, double* sums) {
     const Index rows = block_rows(channels);
     for (Index m = from; m < to; m += rows) {
         const Index end = to - m < rows ? to : m + rows;
-        const double n = (double)(end - m);
         tiles(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
             constexpr int N = decltype(vectors)::value;
-            const T* p = x + c;
-            vf about[N] = {};
-            if (center) {
-                for (Index r = m; r < end; ++r)
-                    for (int u = 0; u < N; ++u) about[u] += read(p + r * channels + u * W, lanes);
-                for (int u = 0; u < N; ++u) about[u] /= (float)n;
-            }
-            vf off[N] = {}, squares[N] = {};
+            vf about[N], off[N] = {}, squares[N] = {};
+            for (int u = 0; u < N; ++u) about[u] = read(guess + c + u * W, lanes);
             for (Index r = m; r < end; ++r)
                 for (int u = 0; u < N; ++u) {
-                    const vf d = read(p + r * channels + u * W, lanes) - about[u];
+                    const T* const p = x + r * channels + c + u * W;
+                    fetch(p + AHEAD * channels);
+                    const vf d = read(p, lanes) - about[u];
                     off[u] += d;
                     squares[u] += d * d;
                 }
-            for (int u = 0; u < N; ++u)
-                for (int k = 0; k < lanes; ++k) {
-                    Moments& own = total[c + u * W + k];
-                    if (center) {
-                        const double rest = off[u][k];
-                        own.merge(n, about[u][k] + rest / n, squares[u][k] - rest * rest / n);
-                    } else {
-                        own.squares += squares[u][k];
-                        own.count += n;
-                    }
-                }
+            for (int u = 0; u < N; ++u) {
+                add_lanes(sums + c + u * W, off[u], lanes);
+                add_lanes(sums + channels + c + u * W, squares[u], lanes);
+            }
         });
     }
 }
 
-// The statistics of a matrix as arrays over its columns: mean, rest, rstd.
+// The mean of a few rows, taken from everywhere: values of a batch may drift.
+template <class T>
+void guess_means(const T* x, Index length, Index channels, float* guess) {
+    const Index some = length < 8 ? length : 8;
+    for (Index c = 0; c < channels; ++c) guess[c] = 0;
+    for (Index k = 0; k < some; ++k) {
+        const T* const p = x + (k * length / some) * channels;
+        along(channels, [&](Index c, int lanes) ALWAYS {
+            write(guess + c, read(guess + c, lanes) + read(p + c, lanes) / (float)some, lanes);
+        });
+    }
+}
+
+// The statistics of a matrix as arrays over its columns, with gamma and beta.
 struct Spread {
     Array<float> values;
-    float *mean, *rest, *rstd;
+    float *mean, *gain, *shift;
 
     explicit Spread(Index channels)
-        : values(3 * channels), mean(values.get()), rest(mean + channels), rstd(rest + channels) {}
+        : values(3 * channels), mean(values.get()), gain(mean + channels), shift(gain + channels) {}
 
-    void set(Index c, const Scale& s) {
-        mean[c] = s.mean;
-        rest[c] = s.rest;
-        rstd[c] = s.rstd;
+    // Of a group of columns.
+    void set(const Columns& g, const Tensors& t, Index group, const Scale& s) {
+        for (Index c = group * g.group; c < (group + 1) * g.group; ++c) {
+            const Line l = line(s, t, c);
+            mean[c] = l.mean;
+            gain[c] = l.gain;
+            shift[c] = l.shift;
+        }
     }
 };
 
-inline Moments merged(const Moments* columns, Index count) {
-    Moments total;
-    for (Index k = 0; k < count; ++k) {
-        if (columns[k].count > 0) total.merge(columns[k].count, columns[k].mean, columns[k].squares);
-    }
-    return total;
+// Whether any column's guess was too far from its mean; those are better then.
+inline bool guess_again(const Columns& g, const Tensors& t, const double* sums, float* guess) {
+    const double n = (double)g.length;
+    bool any = false;
+    for (Index c = 0; t.center && c < g.channels; ++c)
+        if (far(sums[c], sums[g.channels + c], n)) {
+            guess[c] = (float)(guess[c] + sums[c] / n);
+            any = true;
+        }
+    return any;
 }
 
-inline void spread(const Columns& g, const Tensors& t, Index block, const Moments* columns, Spread& s) {
+// Statistics of a matrix from the sums about the guess.
+inline void settle(const Columns& g, const Tensors& t, Index block, const double* sums, const float* guess, Spread& s) {
+    const double n = (double)g.length;
     const Index groups = g.channels / g.group;
     for (Index k = 0; k < groups; ++k) {
-        const Index place = block * groups + k;
-        const Scale one = columns ? kept(t, place, merged(columns + k * g.group, g.group))
-                                  : given(t, t.given ? k : place);
-        for (Index c = 0; c < g.group; ++c) s.set(k * g.group + c, one);
+        Moments m;
+        for (Index c = k * g.group; c < (k + 1) * g.group; ++c) {
+            const double off = sums[c], squares = sums[g.channels + c];
+            if (t.center)
+                m.merge(n, guess[c] + off / n, squares - off * off / n);
+            else
+                m.merge(n, 0.0, squares);
+        }
+        s.set(g, t, k, kept(t, block * groups + k, m));
     }
+}
+
+inline void spread(const Columns& g, const Tensors& t, Index block, Spread& s) {
+    const Index groups = g.channels / g.group;
+    for (Index k = 0; k < groups; ++k) s.set(g, t, k, given(t, t.given ? k : block * groups + k));
 }
 
 template <class T, int A, bool R>
@@ -871,7 +787,6 @@ void apply_columns(const Columns& g, const Tensors& t, Index from, Index to, con
     const T* const x = (const T*)t.x;
     const T* const residual = (const T*)t.residual;
     T* const y = (T*)t.y;
-    const float *const gamma = t.gamma, *const beta = t.beta;
     const Index channels = g.channels, rows = block_rows(channels);
     const bool past = past_caches(y, g.blocks * g.length * channels) && channels % W == 0;
     // Backwards: what was read last for the statistics is still in a cache.
@@ -879,18 +794,16 @@ void apply_columns(const Columns& g, const Tensors& t, Index from, Index to, con
         const Index m = end - from < rows ? from : end - rows;
         tiles(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
             constexpr int N = decltype(vectors)::value;
-            vf mean[N], rest[N], gain[N], shift[N];
+            vf mean[N], gain[N], shift[N];
             for (int u = 0; u < N; ++u) {
-                const Index k = c + u * W;
-                mean[u] = read(s.mean + k, lanes);
-                rest[u] = read(s.rest + k, lanes);
-                gain[u] = gamma ? read(s.rstd + k, lanes) * read(gamma + k, lanes) : read(s.rstd + k, lanes);
-                shift[u] = beta ? read(beta + k, lanes) : vf{};
+                mean[u] = read(s.mean + c + u * W, lanes);
+                gain[u] = read(s.gain + c + u * W, lanes);
+                shift[u] = read(s.shift + c + u * W, lanes);
             }
             for (Index r = end; r-- > m;)
                 for (int u = 0; u < N; ++u) {
                     const Index at = r * channels + c + u * W;
-                    vf z = ((read(x + at, lanes) - mean[u]) - rest[u]) * gain[u] + shift[u];
+                    vf z = (read(x + at, lanes) - mean[u]) * gain[u] + shift[u];
                     if constexpr (R) z += read(residual + at, lanes);
                     write(y + at, activate<A>(z), lanes, past);
                 }
@@ -898,12 +811,10 @@ void apply_columns(const Columns& g, const Tensors& t, Index from, Index to, con
     }
 }
 
-inline Index bound(Index length, int part, int parts) { return length * part / parts; }
-
-// The moments of a matrix are those of its pieces, merged in their order. How many there are depends on the matrix alone,
+// The sums of a matrix are those of its pieces, added in their order. How many there are depends on the matrix alone,
 // neither on threads nor on other matrices: so a sample has the same statistics in every batch.
 constexpr Index PIECE = 2;  // blocks, at least
-constexpr int PIECES = 64;  // at most: each has moments of all columns
+constexpr int PIECES = 16;  // at most: each has sums of all columns
 
 inline int pieces(const Columns& g) {
     const Index found = g.length / (PIECE * block_rows(g.channels));
@@ -911,50 +822,65 @@ inline int pieces(const Columns& g) {
 }
 
 template <class T>
-void piece_moments(const Columns& g, const Tensors& t, Index start, int piece, Moments* own) {
-    for (Index c = 0; c < g.channels; ++c) own[c] = Moments();
+void piece_sums(const Columns& g, const Tensors& t, Index start, int piece, const float* guess, double* sums) {
+    for (Index c = 0; c < 2 * g.channels; ++c) sums[c] = 0;
     const int count = pieces(g);
-    column_moments((const T*)t.x, start + bound(g.length, piece, count), start + bound(g.length, piece + 1, count),
-                   g.channels, t.center, own);
+    column_deviations((const T*)t.x, start + bound(g.length, piece, count), start + bound(g.length, piece + 1, count),
+                      g.channels, guess, sums);
 }
 
-inline void merge_piece(const Columns& g, const Moments* piece, Moments* total) {
-    for (Index c = 0; c < g.channels; ++c)
-        if (piece[c].count > 0) total[c].merge(piece[c].count, piece[c].mean, piece[c].squares);
+inline void add(double* to, const double* more, Index count) {
+    for (Index k = 0; k < count; ++k) to[k] += more[k];
+}
+
+// The statistics of a block, where its pieces are gone through by `each(piece, body)`, one after the other or not.
+template <class T, class Each>
+void block_statistics(const Columns& g, const Tensors& t, Index block, double* parts, float* guess, Spread& s, Each each) {
+    const Index width = 2 * g.channels, start = block * g.length;
+    const int count = pieces(g);
+    if (t.center) guess_means((const T*)t.x + start * g.channels, g.length, g.channels, guess);
+    for (int attempt = 0; attempt < 2; ++attempt) {
+        each(count, [&](int piece) { piece_sums<T>(g, t, start, piece, guess, parts + piece * width); });
+        for (int piece = 1; piece < count; ++piece) add(parts, parts + piece * width, width);
+        if (attempt || !guess_again(g, t, parts, guess)) break;
+    }
+    settle(g, t, block, parts, guess, s);
 }
 
 template <class T, int A, bool R>
 void columns_forward(const Columns& g, const Tensors& t) {
+    const Index size = t.given ? 0 : pieces(g) * 2 * g.channels;
     if (g.blocks >= t.threads) {
 #pragma omp parallel num_threads(t.threads)
         {
             Spread s(g.channels);
-            const int count = t.given ? 0 : pieces(g);
-            Array<Moments> own(count ? g.channels : 0), next(count > 1 ? g.channels : 0);
+            Array<double> parts(size);
+            Array<float> guess(g.channels);
 #pragma omp for schedule(static)
             for (Index block = 0; block < g.blocks; ++block) {
-                for (int piece = 0; piece < count; ++piece) {
-                    piece_moments<T>(g, t, block * g.length, piece, piece ? next.get() : own.get());
-                    if (piece) merge_piece(g, next.get(), own.get());
-                }
-                spread(g, t, block, own.get(), s);
+                if (t.given)
+                    spread(g, t, block, s);
+                else
+                    block_statistics<T>(g, t, block, parts.get(), guess.get(), s, [](int count, auto body) {
+                        for (int piece = 0; piece < count; ++piece) body(piece);
+                    });
                 apply_columns<T, A, R>(g, t, block * g.length, (block + 1) * g.length, s);
             }
         }
         return;
     }
     Spread s(g.channels);
-    const int count = t.given ? 0 : pieces(g);
-    Array<Moments> parts(count * g.channels);
+    Array<double> parts(size);
+    Array<float> guess(g.channels);
     for (Index block = 0; block < g.blocks; ++block) {
         const Index start = block * g.length;
-        if (parts) {
+        if (t.given)
+            spread(g, t, block, s);
+        else
+            block_statistics<T>(g, t, block, parts.get(), guess.get(), s, [&](int count, auto body) {
 #pragma omp parallel for num_threads(t.threads) schedule(static)
-            for (int piece = 0; piece < count; ++piece)
-                piece_moments<T>(g, t, start, piece, parts.get() + piece * g.channels);
-            for (int piece = 1; piece < count; ++piece) merge_piece(g, parts.get() + piece * g.channels, parts.get());
-        }
-        spread(g, t, block, parts.get(), s);
+                for (int piece = 0; piece < count; ++piece) body(piece);
+            });
 #pragma omp parallel for num_threads(t.threads) schedule(static)
         for (int part = 0; part < t.threads; ++part)
             apply_columns<T, A, R>(g, t, start + bound(g.length, part, t.threads),
@@ -968,34 +894,32 @@ void column_sums(const Columns& g, const Tensors& t, Index from, Index to, const
     const T* const x = (const T*)t.x;
     const T* const dy = (const T*)t.dy;
     const T* const residual = (const T*)t.residual;
-    const float *const gamma = t.gamma, *const beta = t.beta;
     const Index channels = g.channels, rows = block_rows(channels);
     for (Index m = from; m < to; m += rows) {
         const Index end = to - m < rows ? to : m + rows;
-        tiles<2>(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
+        tiles(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
             constexpr int N = decltype(vectors)::value;
-            vf mean[N], rest[N], gain[N], shift[N], a[N] = {}, b[N] = {};
+            vf mean[N], gain[N], shift[N], a[N] = {}, b[N] = {};
             for (int u = 0; u < N; ++u) {
-                const Index k = c + u * W;
-                mean[u] = read(s.mean + k, lanes);
-                rest[u] = read(s.rest + k, lanes);
-                gain[u] = gamma ? read(s.rstd + k, lanes) * read(gamma + k, lanes) : read(s.rstd + k, lanes);
-                shift[u] = beta ? read(beta + k, lanes) : vf{};
+                mean[u] = read(s.mean + c + u * W, lanes);
+                gain[u] = read(s.gain + c + u * W, lanes);
+                shift[u] = read(s.shift + c + u * W, lanes);
             }
             for (Index r = m; r < end; ++r)
                 for (int u = 0; u < N; ++u) {
                     const Index at = r * channels + c + u * W;
-                    const vf centred = (read(x + at, lanes) - mean[u]) - rest[u];
-                    const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, centred, gain[u],
+                    fetch(x + at + AHEAD * channels);
+                    fetch(dy + at + AHEAD * channels);
+                    const vf off = read(x + at, lanes) - mean[u];
+                    const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, off, gain[u],
                                                             shift[u]);
                     a[u] += d;
-                    b[u] += d * centred;
+                    b[u] += d * off;
                 }
-            for (int u = 0; u < N; ++u)
-                for (int k = 0; k < lanes; ++k) {
-                    sums[c + u * W + k] += a[u][k];
-                    sums[channels + c + u * W + k] += b[u][k];
-                }
+            for (int u = 0; u < N; ++u) {
+                add_lanes(sums + c + u * W, a[u], lanes);
+                add_lanes(sums + channels + c + u * W, b[u], lanes);
+            }
         });
     }
 }
@@ -1008,51 +932,54 @@ void column_gradients(const Columns& g, const Tensors& t, Index from, Index to, 
     const T* const residual = (const T*)t.residual;
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
-    const float *const gamma = t.gamma, *const beta = t.beta;
     const Index channels = g.channels, rows = block_rows(channels);
     const bool past = dx && past_caches(dx, g.blocks * g.length * channels) && channels % W == 0;
+    const bool constants = t.given;
     for (Index end = to; end > from; end -= rows) {
         const Index m = end - from < rows ? from : end - rows;
-        tiles<2>(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
+        tiles(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
             constexpr int N = decltype(vectors)::value;
-            vf mean[N], rest[N], gain[N], shift[N], one[N], two[N];
+            vf mean[N], gain[N], shift[N], one[N], two[N];
             for (int u = 0; u < N; ++u) {
                 const Index k = c + u * W;
                 mean[u] = read(s.mean + k, lanes);
-                rest[u] = read(s.rest + k, lanes);
-                gain[u] = gamma ? read(s.rstd + k, lanes) * read(gamma + k, lanes) : read(s.rstd + k, lanes);
-                shift[u] = beta ? read(beta + k, lanes) : vf{};
+                gain[u] = read(s.gain + k, lanes);
+                shift[u] = read(s.shift + k, lanes);
                 one[u] = read(c1 + k, lanes);
                 two[u] = read(c2 + k, lanes);
             }
             for (Index r = end; r-- > m;)
                 for (int u = 0; u < N; ++u) {
                     const Index at = r * channels + c + u * W;
-                    const vf centred = (read(x + at, lanes) - mean[u]) - rest[u];
-                    const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, centred, gain[u],
+                    const vf off = read(x + at, lanes) - mean[u];
+                    const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, off, gain[u],
                                                             shift[u]);
-                    if (dx) write(dx + at, corrected(t, d * gain[u], one[u], centred, two[u]), lanes, past);
+                    if (dx) write(dx + at, corrected(constants, d * gain[u], one[u], off, two[u]), lanes, past);
                     if (R && dresidual) write(dresidual + at, d, lanes);
                 }
         });
     }
 }
 
-// What is subtracted in a block: of every column, from the sums over the columns of its group.
-inline void corrections(const Columns& g, const Tensors& t, double* sums, const Spread& s, float* c1, float* c2) {
-    const double n = (double)(g.length * g.group);
-    for (Index k = 0; k < g.channels; k += g.group) {
+// What is subtracted in a block: of every column, from the sums over the columns of its group. The second sums become those
+// of the normalized input, as dgamma is.
+inline void corrections(const Columns& g, const Tensors& t, Index block, double* sums, float* one, float* two) {
+    const Index groups = g.channels / g.group;
+    for (Index k = 0; k < groups; ++k) {
+        const Scale s = given(t, t.given ? k : block * groups + k);
         double sg = 0, sgx = 0;
-        for (Index c = k; c < k + g.group; ++c) {
+        for (Index c = k * g.group; c < (k + 1) * g.group; ++c) {
             const double gamma = t.gamma ? t.gamma[c] : 1.0;
+            double& product = sums[g.channels + c];
+            product -= s.rest * sums[c];
             sg += gamma * sums[c];
-            sgx += gamma * sums[g.channels + c];
+            sgx += gamma * product;
+            product *= s.rstd;
         }
-        for (Index c = k; c < k + g.group; ++c) {
-            const double rstd = s.rstd[c];
-            c1[c] = t.given || !t.center ? 0.0f : (float)(sg / n * rstd);
-            c2[c] = t.given ? 0.0f : (float)(sgx / n * rstd * rstd * rstd);
-            sums[g.channels + c] *= rstd;  // of the normalized input now, as dgamma is
+        const Correction found(t, s, sg, sgx, (double)(g.length * g.group));
+        for (Index c = k * g.group; c < (k + 1) * g.group; ++c) {
+            one[c] = found.one;
+            two[c] = found.two;
         }
     }
 }
@@ -1076,10 +1003,10 @@ void columns_backward(const Columns& g, const Tensors& t) {
 #pragma omp for schedule(static)
             for (Index block = 0; block < g.blocks; ++block) {
                 for (Index k = 0; k < width; ++k) own[k] = 0;
-                spread(g, t, block, nullptr, s);
+                spread(g, t, block, s);
                 const Index start = block * g.length;
                 column_sums<T, A, R>(g, t, start, start + g.length, s, own);
-                corrections(g, t, own, s, c.get(), c.get() + channels);
+                corrections(g, t, block, own, c.get(), c.get() + channels);
                 for (Index k = 0; k < width; ++k) total[k] += own[k];
                 column_gradients<T, A, R>(g, t, start, start + g.length, s, c.get(), c.get() + channels);
             }
@@ -1089,7 +1016,7 @@ void columns_backward(const Columns& g, const Tensors& t) {
         Array<float> c(width);
         for (Index block = 0; block < g.blocks; ++block) {
             const Index start = block * g.length;
-            spread(g, t, block, nullptr, s);
+            spread(g, t, block, s);
 #pragma omp parallel for num_threads(t.threads) schedule(static)
             for (int part = 0; part < t.threads; ++part) {
                 double* own = current.get() + part * width;
@@ -1099,7 +1026,7 @@ void columns_backward(const Columns& g, const Tensors& t) {
             }
             for (int part = 1; part < t.threads; ++part)
                 for (Index k = 0; k < width; ++k) current[k] += current[part * width + k];
-            corrections(g, t, current.get(), s, c.get(), c.get() + channels);
+            corrections(g, t, block, current.get(), c.get(), c.get() + channels);
             for (Index k = 0; k < width; ++k) all[k] += current[k];
 #pragma omp parallel for num_threads(t.threads) schedule(static)
             for (int part = 0; part < t.threads; ++part)

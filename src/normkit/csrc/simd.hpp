@@ -114,22 +114,30 @@ __attribute__((always_inline)) inline vf load(const bf16* p, int n) {
 }
 
 // Round to nearest, ties to even; NaN stays NaN. (The instruction vcvtneps2bf16 would flush subnormal numbers.)
-__attribute__((always_inline)) inline void store(bf16* p, vf v) {
+__attribute__((always_inline)) inline vu rounded(vf v) {
     const vu bits = (vu)v;
-    vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const vu nan = (vu)(v != v);
-    rounded = (rounded & ~nan) | (nan & 0x7fc0u);
-#if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)rounded));
-#elif defined(__AVX2__)
-    const __m256i packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
-    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
-#else
-    for (int k = 0; k < W; ++k) p[k].bits = (std::uint16_t)rounded[k];
-#endif
+    const vu upper = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return v == v ? upper : vu{} + 0x7fc0u;
 }
 
+#if defined(__AVX512F__)
+__attribute__((always_inline)) inline __m256i halves(vf v) { return _mm512_cvtepi32_epi16((__m512i)rounded(v)); }
+__attribute__((always_inline)) inline void store(bf16* p, vf v) { _mm256_storeu_si256((__m256i*)p, halves(v)); }
+__attribute__((always_inline)) inline void stream(bf16* p, vf v) { _mm256_stream_si256((__m256i*)p, halves(v)); }
+#elif defined(__AVX2__)
+__attribute__((always_inline)) inline __m128i halves(vf v) {
+    const __m256i wide = (__m256i)rounded(v), packed = _mm256_packus_epi32(wide, wide);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+__attribute__((always_inline)) inline void store(bf16* p, vf v) { _mm_storeu_si128((__m128i*)p, halves(v)); }
+__attribute__((always_inline)) inline void stream(bf16* p, vf v) { _mm_stream_si128((__m128i*)p, halves(v)); }
+#else
+__attribute__((always_inline)) inline void store(bf16* p, vf v) {
+    const vu upper = rounded(v);
+    for (int k = 0; k < W; ++k) p[k].bits = (std::uint16_t)upper[k];
+}
 __attribute__((always_inline)) inline void stream(bf16* p, vf v) { store(p, v); }
+#endif
 
 __attribute__((always_inline)) inline void store(bf16* p, vf v, int n) {
     bf16 whole[W];
