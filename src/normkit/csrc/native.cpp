@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -101,11 +102,28 @@ void backward(int set, const std::vector<Index>& g, Address dy, Address x, Addre
         table(set).rows_backward(rows(g), t);
 }
 
+// Statistics of a batch into the running ones: running += rate * (batch - running), in double, rounded once. Returns
+// whether all are finite; if not, and they are to be skipped, nothing is written.
+bool keep(Index count, Address mean, Address rest, Address var, Address running_mean, Address running_var, double rate,
+          double unbiased, bool skip) {
+    const float *const m = at<const float>(mean), *const r = at<const float>(rest), *const v = at<const float>(var);
+    bool finite = true;
+    for (Index k = 0; k < count; ++k) finite &= std::isfinite(m[k]) && std::isfinite(v[k]);
+    if (!finite && skip) return false;
+    float *const kept_mean = at<float>(running_mean), *const kept_var = at<float>(running_var);
+    for (Index k = 0; k < count; ++k) {
+        kept_mean[k] = (float)((1 - rate) * kept_mean[k] + rate * ((double)m[k] + r[k]));
+        kept_var[k] = (float)((1 - rate) * kept_var[k] + rate * unbiased * v[k]);
+    }
+    return finite;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     m.def("instruction_sets", &instruction_sets,
           "Instruction sets this processor executes, from the widest to the narrowest.");
     m.def("forward", &forward, nb::call_guard<nb::gil_scoped_release>(), "See normkit.kernels.native.");
+    m.def("keep", &keep, "See normkit.kernels.native.");
     m.def("backward", &backward, nb::call_guard<nb::gil_scoped_release>(), "See normkit.kernels.native.");
 }

@@ -87,6 +87,7 @@ def missing() -> str:
     return "the package was installed without a C++ compiler"
 
 
+@functools.lru_cache(maxsize=1024)
 def geometry(name: str, p: NormPlan, shape: tuple[int, ...], layout: Layout) -> Geometry | str:
     """The geometry of statistics of the input, or why no kernel covers it.
 

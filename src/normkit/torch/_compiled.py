@@ -7,7 +7,7 @@ gamma and beta, and three numbers a statistic. The input of the activation is co
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,12 +30,26 @@ from normkit.kernels.native import (
 )
 from normkit.torch._layout import CHANNELS_LAST, layout_of
 
-__all__ = ["covers", "evaluate", "normalize"]
+__all__ = ["Normalized", "covers", "evaluate", "keep", "normalize"]
 
 _native = available()
 _DTYPES = {torch.float32: TYPES["float32"], torch.bfloat16: TYPES["bfloat16"]}
 _SET = instruction_set()
 _ALONE = 1 << 14  # values below which a second thread costs more than it saves
+
+
+class Normalized(NamedTuple):
+    """What a kernel gave: the output, and variance, mean and rest of the mean of every statistic."""
+
+    y: Tensor
+    statistics: Tensor
+    found: Geometry
+
+    def moments(self) -> list[Moments]:
+        """The same as for the formula."""
+        var, mean, rest = self.statistics.unbind()
+        found = self.found
+        return [Moments((mean + rest).reshape(found.kept), var.reshape(found.kept), found.values, found.values)]
 
 
 def normalize(
@@ -47,8 +61,8 @@ def normalize(
     eps: float,
     activation: str | None,
     residual: Tensor | None,
-) -> tuple[Tensor, list[Moments]] | None:
-    """Return act(norm(x) + residual) in the type of x and the moments, or None where no kernel covers the case.
+) -> Normalized | None:
+    """Return act(norm(x) + residual) in the type of x and the statistics, or None where no kernel covers the case.
 
     The caller has made sure that nothing but eager autograd is watching.
     """
@@ -61,11 +75,39 @@ def normalize(
         return None
     if gamma is not None and spec.gain == "1+w":
         gamma = gamma.float() + 1.0  # not in half precision, which has no room for both
-    y, statistics = _Normalize.apply(x, residual, gamma, beta, spec, p, found, eps, activation)
-    if not spec.tracked:
-        return y, []
-    var, mean, rest = statistics.unbind()
-    return y, [Moments((mean + rest).reshape(found.kept), var.reshape(found.kept), found.values, found.values)]
+    return Normalized(*_Normalize.apply(x, residual, gamma, beta, spec, p, found, eps, activation), found)
+
+
+def keep(spec: NormSpec, done: Normalized, kept: dict[str, Tensor], rate: float | None, *, skip: bool) -> bool | None:
+    """Write the statistics of a batch into the running ones, as `_buffers.keep` does with more words.
+
+    Returns whether they were finite (only then, or without `skip`, something is written); None where the case is not
+    covered: groups to be merged, other types, averages over all batches.
+    """
+    values = done.found.values
+    covered = (
+        rate is not None
+        and [t.name for t in spec.tracked] == ["mean", "var"]
+        and values > 1
+        and all(
+            type(t) is Tensor
+            and t.dtype == torch.float32
+            and t.device.type == "cpu"
+            and t.is_contiguous()
+            and t.numel() == done.found.statistics
+            for t in kept.values()
+        )
+    )
+    if not covered:
+        return None
+    var, mean, rest = _places(done.statistics)
+    unbiased = values / (values - 1) if spec.tracked[1].bessel else 1.0
+    buffers = kept["mean"], kept["var"]
+    finite: bool = _native.keep(
+        done.found.statistics, mean, rest, var, *(t.data_ptr() for t in buffers), rate, unbiased, skip
+    )
+    torch.autograd.graph.increment_version(buffers)  # the kernel wrote behind autograd's back
+    return finite
 
 
 def evaluate(

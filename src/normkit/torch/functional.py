@@ -432,18 +432,42 @@ def _tracked(
             hint = "r and d come from running statistics that have moved since; keep this layer out of the checkpoint"
             raise NormRuntimeError(message(must, hint=hint))
         correct = formula.renorm(torch, kept, *clips, stop=Tensor.detach)
-    fused = None
     if process_group is not None:
         wide = accumulator(x.dtype)
         gamma, beta = (None if t is None else t.to(wide) for t in (weight, bias))
         y, moments = normalize_together(chosen, p, x.to(wide), gamma, beta, eps, weight=w, group=process_group)
     else:
         if w is None and correct is None and _eager(input, activation, residual, weight, bias):
-            fused = compiled.normalize(chosen, p, input, weight, bias, eps, activation, residual)
-        y, moments = fused or normalize(chosen, p, x, weight, bias, eps, weight=w, correct=correct)
+            done = compiled.normalize(chosen, p, input, weight, bias, eps, activation, residual)
+            if done is not None:
+                if kept is not None:
+                    _keep(spec, p, kept, number, done, momentum, eps, nonfinite)
+                return done.y
+        y, moments = normalize(chosen, p, x, weight, bias, eps, weight=w, correct=correct)
     if kept is not None:
         keep(spec, p, kept, number, moments, momentum=momentum, eps=eps, nonfinite=nonfinite)
-    return y if fused else _finish(y, input, real, activation, residual)
+    return _finish(y, input, real, activation, residual)
+
+
+def _keep(
+    spec: NormSpec,
+    p: NormPlan,
+    kept: dict[str, Tensor],
+    number: Tensor | None,
+    done: compiled.Normalized,
+    momentum: float | None,
+    eps: float,
+    nonfinite: str,
+) -> None:
+    """Write the statistics that a compiled kernel gave, in one call where that is possible."""
+    if recomputing():
+        return
+    finite = compiled.keep(spec, done, kept, momentum, skip=nonfinite == "skip")
+    if finite is None:
+        keep(spec, p, kept, number, done.moments(), momentum=momentum, eps=eps, nonfinite=nonfinite)
+    elif number is not None and (finite or nonfinite == "update"):
+        with torch.no_grad():
+            number.add_(1)
 
 
 def _untracked(
@@ -464,7 +488,7 @@ def _untracked(
     if w is None and _eager(input, activation, residual, weight, bias):
         fused = compiled.normalize(spec, p, input, weight, bias, eps, activation, residual)
         if fused is not None:
-            return fused[0]
+            return fused.y
     y, _ = normalize(spec, p, x, weight, bias, eps, weight=w)
     return _finish(y, input, real, activation, residual)
 
@@ -491,7 +515,7 @@ def _rms(
         if _eager(input, activation, residual, weight):
             fused = compiled.normalize(spec, p, input, weight, None, small, activation, residual)
             if fused is not None:
-                return fused[0]
+                return fused.y
         y, _ = normalize(spec, p, input, weight, None, small)
     elif cast == "llama":
         y, _ = normalize(spec, p, input, None, None, small)
