@@ -160,6 +160,12 @@ def further(
     return of_type, {"spec": spec, "oracle": oracle_of}
 
 
+def learned(call: Call, shape: Any) -> nn.Module:
+    layer = nk.FilterResponseNorm(shape[1], call.eps, learn_eps=True)
+    nn.init.zeros_(layer.learned_eps)
+    return layer
+
+
 def further_entries() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return the layers of `normkit.torch.further`: their builds and oracles depend on the type."""
     images = {"shapes": ((5, 6, 3, 2), (3, 2, 7)), "sizes": channels, **OURS}
@@ -168,6 +174,10 @@ def further_entries() -> dict[str, tuple[Any, dict[str, Any]]]:
         "FilterResponseNorm": (
             further(catalog.FRN, lambda call, shape: nk.FilterResponseNorm(shape[1], call.eps)),
             {**images, "exceptions": {"check_undo": "the threshold tau takes what lies below it"}},
+        ),
+        "FilterResponseNorm_learned": (  # without positions; of |learned_eps| the suite knows nothing
+            further(catalog.FRN, learned),
+            {**images, "shapes": ((4, 6), (5, 6, 1)), "exceptions": {"check_undo": "the threshold tau"}},
         ),
         "EvoNormB0": (
             further(catalog.EVONORM_B0, batch(nk.EvoNormB0)),

@@ -204,7 +204,7 @@ def test_insert_leaves_them_where_they_are_and_refuses_those_that_are_activation
         model = nn.Sequential(nn.Conv2d(3, 6, 1), make(), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
         report = normkit.insert(model, "batch", x, dry_run=True)
         assert "normalizes its output already" in {edit.path: edit.reason for edit in report.kept}["0"], name
-        assert [edit.path for edit in report.edits] == ["3"]
+        assert {edit.path for edit in report.edits} - {edit.path for edit in report.kept} == {"3"}
     plain = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
     for name in ("frn", "evonorm_b0", "evonorm_s0"):
         with pytest.raises(NormValueError, match=f"in front of an activation, whose place {name} would have to take"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from normkit.core.formula import Moments, scaled, spread
+from normkit.core.formula import Moments, scaled, spread, summed
 from normkit.core.plan import NormPlan, affine_shape, kept_shape, view_shape
 from normkit.core.spec import NormSpec
 
@@ -90,7 +90,7 @@ def global_response(
         weight: of each position, >= 0, in the shape of x with a channel axis of length 1; it weighs the squares.
     """
     shape = kept_shape(p, tuple(x.shape))
-    squares = xp.sum(x * x if weight is None else x * x * weight, axis=p.reduce, keepdims=True) if p.reduce else x * x
+    squares = summed(xp, p, x * x if weight is None else x * x * weight)
     some = squares > 0
     # The slope of a root at 0 is infinite, and infinity times the 0 of the branch not taken would be NaN.
     response = xp.where(some, xp.sqrt(xp.where(some, squares, squares + 1.0)), squares * 0.0)
