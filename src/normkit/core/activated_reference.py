@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from normkit.core.axes import Sizes
-from normkit.core.catalog import INSTANCE
 from normkit.core.reference import Reference, _kept_after, _Slice, _slices
 from normkit.core.spec import NormSpec
 from normkit.errors import NormValueError, message
@@ -150,7 +150,8 @@ def _evonorm_b0(given: _Given, kept: Mapping[Place, float] | None) -> Output:
     if kept is not None:
         batch = {place: _Number(kept[place]) for place in batch}
     y: Output = {}
-    for key, cell in given.cells_of(INSTANCE).items():
+    inside = " ".join(name for name in given.spec.over_names if name not in given.spec.axes[0])
+    for key, cell in given.cells_of(replace(given.spec, over=inside)).items():
         alone = _root(given.variance(("instance", *key), cell) + given.eps)
         for i, c in zip(cell.flat, cell.at, strict=True):
             divisor = _larger(_root(batch[c] + given.eps), given.at("v", c) * given.x[i] + alone)
