@@ -97,6 +97,9 @@ def test_before_is_the_default_position():
     assert Variant.parse("batch:after").label == "batch:after"
     assert Variant.parse("batch:after").words == "batch norm after the activation"
     assert Variant.parse("rms").words == "RMS norm"
+    assert Variant.parse("frn").words == "filter response norm"
+    with pytest.raises(NormError, match="frn must not stand after the activation, whose place it takes"):
+        Variant.parse("frn:after")
 
 
 def test_key_never_changes():

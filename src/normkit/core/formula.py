@@ -31,6 +31,7 @@ __all__ = [
     "renorm",
     "scaled",
     "spread",
+    "summed",
     "updated",
 ]
 
@@ -180,10 +181,10 @@ def backward(
         gain = 1.0 if gamma is None else _gain(xp, spec, gamma, affine_shape(p, shape))
         gh = g * gain if m.correction is None else g * gain * m.correction.r
         share = 1.0 / max(total, 1) if w is None else w / xp.where(total > 0, total, total + 1.0)
-        along = xp.sum(gh * normalized, axis=p.reduce, keepdims=True)
+        along = summed(xp, p, gh * normalized)
         dx = gh - share * normalized * along
         if spec.center:
-            dx = dx - share * xp.sum(gh, axis=p.reduce, keepdims=True)
+            dx = dx - share * summed(xp, p, gh)
         dxs.append(dx * rstd)
         if gamma is not None:
             seen = normalized if m.correction is None else normalized * m.correction.r + m.correction.d
@@ -294,14 +295,19 @@ def _averager(xp: Any, p: NormPlan, shape: tuple[int, ...], weight: Any) -> tupl
         n = count(p, shape)
         divisor = 1 if n == 0 else n  # the average of nothing is 0: NaN would reach the gradient of gamma
         # Not `mean`, which Keras computes in float32 even for float64.
-        return (lambda a: xp.sum(a, axis=p.reduce, keepdims=True) / divisor), n, n
+        return (lambda a: summed(xp, p, a) / divisor), n, n
     # Values of one position share its weight: the channels of a group, for example.
     repeats = product([shape[axis] for axis in p.reduce if weight.shape[axis] == 1])
-    total = xp.sum(weight, axis=p.reduce, keepdims=True) * repeats
-    squares = xp.sum(weight * weight, axis=p.reduce, keepdims=True) * repeats
+    total = summed(xp, p, weight) * repeats
+    squares = summed(xp, p, weight * weight) * repeats
     share = weight / xp.where(total > 0, total, total + 1.0)
     effective = total * total / xp.where(total > 0, squares, squares + 1.0)
-    return (lambda a: xp.sum(a * share, axis=p.reduce, keepdims=True)), total, effective
+    return (lambda a: summed(xp, p, a * share)), total, effective
+
+
+def summed(xp: Any, p: NormPlan, a: Any) -> Any:
+    """Sum over the reduced axes, which stay with length 1. Of none nothing is summed, where PyTorch would sum all."""
+    return xp.sum(a, axis=p.reduce, keepdims=True) if p.reduce else a
 
 
 def _deviations(spec: NormSpec, v: Any, average: Callable[[Any], Any]) -> tuple[Any, Any]:
