@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -305,8 +306,10 @@ def _beside(frame: Frame, arrays: Sequence[tuple[str, Array]]) -> Table:
         headings += [name, *[""] * (len(columns) - 1)]
     for r, b in itertools.product(range(rows), range(1 if table else blocks)):
         name = frame.rows[r] if table else " ".join(filter(None, (frame.rows[r], frame.blocks[b])))
-        values = [cube[r, :blocks, 0] if table else cube[r, b, :cells] for cube in cubes]
-        lines.append([name, *(number(float(value)) for own in values for value in own)])
+        lines.append([name])
+        for cube in cubes:
+            own = cube[r, :blocks, 0] if table else cube[r, b, :cells]
+            lines[-1] += [number(float(value)) for value in own]
     return Table(headings, lines)
 
 
