@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 import normkit.torch as nk
 from normkit.core import catalog
+from normkit.core.activated_reference import activated_reference
 from normkit.core.spec import NormSpec
 from normkit.testing import LAYOUTS, Call, Subject
+from normkit.testing.precision import rounded
 from normkit.testing.torch import layer_subject
 
 SHAPES = {
@@ -116,7 +120,112 @@ def our_entries() -> dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]]:
                 lambda call, shape, options=options: nk.RMSNorm2d(shape[1], eps=call.eps, **options),
                 {"spec": gained(catalog.RMS_2D, gain), **images, "beta": False, "roundings": times},
             )
-    return found
+    return found | further_entries()
+
+
+# Values of tau, v and alpha that lie to both sides of what they are compared with.
+OTHERS = {"tau": (-0.4, 0.6), "v": (0.3, 1.2), "alpha": (0.4, 0.8)}
+
+
+def others(spec: NormSpec, features: Sequence[int], dtype: str) -> dict[str, Any]:
+    """Return values of the further parameters, rounded to float32, in which a layer is built, and to the type."""
+    rng = np.random.default_rng(len(spec.name))
+    return {
+        name: rounded(rounded(rng.uniform(*OTHERS[name], 1 if name == "alpha" else features), "float32"), dtype)
+        for name, _ in spec.others
+    }
+
+
+def further(
+    spec: NormSpec, make: Callable[..., nn.Module], features: Callable[[Any], Any] = lambda shape: (shape[1],)
+) -> tuple[Callable[[str], Callable[..., nn.Module]], dict[str, Any]]:
+    """Return (type -> build, attributes) of a layer with parameters of its own, which the oracle is given, too."""
+
+    def of_type(dtype: str) -> Callable[..., nn.Module]:
+        def build(call: Call, shape: Any) -> nn.Module:
+            layer = make(call, shape)
+            with torch.no_grad():
+                for name, value in others(spec, features(shape), dtype).items():
+                    getattr(layer, name).copy_(torch.from_numpy(value))
+            return layer
+
+        return build
+
+    def oracle_of(dtype: str) -> Any:
+        def oracle(spec: NormSpec, x: Any, *args: Any, **options: Any) -> Any:
+            return activated_reference(spec, x, *args, others=others(spec, features(x.shape), dtype), **options)
+
+        return oracle
+
+    return of_type, {"spec": spec, "oracle": oracle_of}
+
+
+def further_entries() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Return the layers of `normkit.torch.further`: their builds and oracles depend on the type."""
+    images = {"shapes": ((5, 6, 3, 2), (3, 2, 7)), "sizes": channels, **OURS}
+    groups = lambda shape: math.gcd(3, shape[1])  # noqa: E731
+    made = {
+        "FilterResponseNorm": (
+            further(catalog.FRN, lambda call, shape: nk.FilterResponseNorm(shape[1], call.eps)),
+            {**images, "exceptions": {"check_undo": "the threshold tau takes what lies below it"}},
+        ),
+        "EvoNormB0": (
+            further(catalog.EVONORM_B0, batch(nk.EvoNormB0)),
+            {
+                **images, **KEPT, "bessel": True, "counts": False,
+                "exceptions": {
+                    "check_rescaled": "no mean is subtracted from the output",
+                    "check_undo": "no mean is subtracted from the output",
+                },
+            },
+        ),
+        "EvoNormS0": (
+            further(catalog.EVONORM_S0, lambda call, shape: nk.EvoNormS0(shape[1], groups(shape), eps=call.eps)),
+            {
+                **images, "sizes": lambda shape: (("g", groups(shape)),),
+                "exceptions": {
+                    "check_rescaled": "the sigmoid sees the scale and the mean of the input",
+                    "check_undo": "it is an activation as well",
+                },
+            },
+        ),
+        "DynamicTanh": (
+            further(
+                catalog.DYNAMIC_TANH, lambda call, shape: nk.DynamicTanh(shape[-1]), lambda shape: (shape[-1],)
+            ),
+            {
+                "shapes": ROWS, "sizes": lambda shape: (("*c", shape[-1:]),), "layouts": LAYOUTS,
+                "exceptions": {
+                    "check_rescaled": "there are no statistics: it sees the scale of its input",
+                    "check_undo": "there are no statistics",
+                },
+            },
+        ),
+        "DynamicTanh_channels_first": (
+            further(catalog.DYNAMIC_TANH_2D, lambda call, shape: nk.DynamicTanh(shape[1], channels_last=False)),
+            {
+                **images, "masks": False, "weights": False,
+                "exceptions": {
+                    "check_rescaled": "there are no statistics: it sees the scale of its input",
+                    "check_undo": "there are no statistics",
+                },
+            },
+        ),
+        "GlobalResponseNorm": (
+            further(
+                catalog.GLOBAL_RESPONSE,
+                lambda call, shape: nk.GlobalResponseNorm(shape[1], call.eps, channels_last=False),
+            ),
+            {
+                **images, "weights": False,
+                "exceptions": {
+                    "check_rescaled": "the input is added: the output has its scale",
+                    "check_undo": "the input is added",
+                },
+            },
+        ),
+    }  # fmt: skip
+    return {name: (build, {**known, **more}) for name, ((build, known), more) in made.items()}
 
 
 def gained(spec: NormSpec, gain: Any) -> NormSpec:
@@ -129,7 +238,13 @@ def our_layers() -> list[Subject]:
     for name, (build, known) in our_entries().items():
         for dtype in ("float64", "float32", "float16", "bfloat16"):
             accumulator = "float64" if dtype == "float64" else "float32"
-            subjects.append(layer_subject(f"{name}-{dtype}", build, dtype=dtype, accumulator=accumulator, **known))
+            typed = {"dtype": dtype, "accumulator": accumulator}
+            if "oracle" in known:
+                typed["oracle"] = known["oracle"](dtype)
+                made = layer_subject(f"{name}-{dtype}", build(dtype), **{**known, **typed})
+            else:
+                made = layer_subject(f"{name}-{dtype}", build, **known, **typed)
+            subjects.append(made)
     return subjects
 
 

@@ -63,7 +63,7 @@ def test_entries_of_the_catalog(spec: NormSpec):
     assert [t.name for t in spec.tracked] in ([], ["var"], ["mean", "var"], ["mean", "std"])
     assert all(t.init == (0.0 if t.name == "mean" else 1.0) for t in spec.tracked)
     assert spec.renorm == (spec is RENORM)
-    assert spec.first_gain == 1.0
+    assert spec.first_gain == (spec is not GLOBAL_RESPONSE)
     assert replace(spec, gain="1+w").first_gain == 0.0
 
 
@@ -79,7 +79,7 @@ def test_find_names_the_nearest():
         find("bacth")
     assert str(caught.value) == (
         "a normalizer must be in the catalog; got 'bacth'. hint: did you mean batch? "
-        "known: batch, ghost, group, instance, layer, renorm, rms"
+        "known: batch, dyt, evonorm_b0, evonorm_s0, frn, ghost, grn, group, instance, layer, renorm, rms"
     )
     with pytest.raises(TypeError):
         CATALOG["mine"] = BATCH  # type: ignore[index]

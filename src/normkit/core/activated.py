@@ -1,4 +1,4 @@
-"""Normalizers that come with an activation or stand in its place, where the formula is not "normalize, then affine".
+"""Normalizers whose formula is not "normalize, then affine": with an activation, without statistics, of responses.
 
 As in :mod:`normkit.core.formula`, `xp` is an array namespace (which needs `tanh`, too) and inputs arrive in the type in
 which statistics accumulate. gamma, beta and the other parameters have one value per channel unless said otherwise.
@@ -13,7 +13,7 @@ from normkit.core.formula import Moments, scaled, spread
 from normkit.core.plan import NormPlan, affine_shape, kept_shape, view_shape
 from normkit.core.spec import NormSpec
 
-__all__ = ["dynamic_tanh", "evonorm_b0", "evonorm_s0", "sigmoid", "thresholded"]
+__all__ = ["dynamic_tanh", "evonorm_b0", "evonorm_s0", "global_response", "sigmoid", "thresholded"]
 
 
 def sigmoid(xp: Any, z: Any) -> Any:
@@ -74,3 +74,23 @@ def evonorm_s0(
     swish = x * sigmoid(xp, xp.reshape(v, kept_shape(p, tuple(x.shape))) * x)
     y = scaled(xp, spec, affine_shape(p, view), xp.reshape(swish, view), 1.0 / std, gamma, beta, None)
     return xp.reshape(y, tuple(x.shape))
+
+
+def global_response(
+    xp: Any, p: NormPlan, x: Any, gamma: Any, beta: Any, *, eps: float, channel: int, weight: Any = None
+) -> Any:
+    """Return gamma * (x * g / (mean(g) + eps)) + beta + x, g = sqrt(sum(x^2)) over positions (arXiv:2301.00808).
+
+    The mean is taken over the channels of a sample, on axis `channel`. A channel of zeros has the response 0, with the
+    slope 0.
+
+    Args:
+        weight: of each position, >= 0, in the shape of x with a channel axis of length 1; it weighs the squares.
+    """
+    shape = kept_shape(p, tuple(x.shape))
+    squares = xp.sum(x * x if weight is None else x * x * weight, axis=p.reduce, keepdims=True) if p.reduce else x * x
+    some = squares > 0
+    # The slope of a root at 0 is infinite, and infinity times the 0 of the branch not taken would be NaN.
+    response = xp.where(some, xp.sqrt(xp.where(some, squares, squares + 1.0)), squares * 0.0)
+    mean = xp.sum(response, axis=channel, keepdims=True) / x.shape[channel]
+    return xp.reshape(gamma, shape) * (x * (response / (mean + eps))) + xp.reshape(beta, shape) + x

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from normkit.core.spec import NormSpec, Tracked
 from normkit.errors import NormValueError, message, nearest
 
-__all__ = ["CATALOG", "find"]
+__all__ = ["CATALOG", "STANDARD", "find"]
 
 # Ioffe and Szegedy evaluate with the unbiased variance, m/(m-1) times that of the batch (algorithm 2).
 _MOVING = (Tracked("mean", init=0.0), Tracked("var", init=1.0, bessel=True))
@@ -40,14 +41,47 @@ LAYER = NormSpec("layer_norm", x="*n *c", over="*c", affine="*c", paper="arXiv:1
 LAYER_2D = NormSpec("layer_norm_2d", x="n c *s", over="c", affine="c", eps=1e-6, paper="arXiv:2201.03545")
 RMS = NormSpec("rms_norm", x="*n *c", over="*c", affine="*c", center=False, eps=1e-6, paper="arXiv:1910.07467")
 RMS_2D = replace(RMS, name="rms_norm_2d", x="n c *s", over="c", affine="c")
-# The next three come with an activation (`core.activated`). They join the names below, as `frn`, `evonorm_b0` and
-# `evonorm_s0`, once every framework has them.
+# What follows has a formula of its own, in `core.activated`. The first three are activations as well: their papers give
+# the activation behind them up.
 FRN = NormSpec(
-    "filter_response_norm", x="n c *s", over="*s", affine="c", center=False, eps=1e-6, paper="arXiv:1911.09737"
+    "filter_response_norm",
+    x="n c *s",
+    over="*s",
+    affine="c",
+    center=False,
+    eps=1e-6,
+    formula="filter_response",
+    others=(("tau", 0.0),),
+    paper="arXiv:1911.09737",
 )
+_EVONORM: dict[str, Any] = {"others": (("v", 1.0),), "paper": "arXiv:2004.02967"}
 # Only the variance is kept: no mean is subtracted from the output.
-EVONORM_B0 = replace(BATCH, name="evonorm_b0", tracked=_MOVING[1:], paper="arXiv:2004.02967")
-EVONORM_S0 = replace(GROUP, name="evonorm_s0", paper="arXiv:2004.02967")
+EVONORM_B0 = replace(BATCH, name="evonorm_b0", tracked=_MOVING[1:], formula="evonorm_b0", **_EVONORM)
+EVONORM_S0 = replace(GROUP, name="evonorm_s0", formula="evonorm_s0", **_EVONORM)
+# No statistics at all, in the place of layer norm.
+DYNAMIC_TANH = NormSpec(
+    "dynamic_tanh",
+    x="*n *c",
+    over="",
+    affine="*c",
+    center=False,
+    eps=0.0,
+    formula="dynamic_tanh",
+    others=(("alpha", 0.5),),
+    paper="arXiv:2503.10622",
+)
+DYNAMIC_TANH_2D = replace(DYNAMIC_TANH, name="dynamic_tanh_2d", x="n c *s", affine="c")
+# The root of the sum of squares over positions; what is divided by is its mean over the channels.
+GLOBAL_RESPONSE = NormSpec(
+    "global_response_norm",
+    x="n c *s",
+    over="*s",
+    affine="c",
+    center=False,
+    eps=1e-6,
+    formula="global_response",
+    paper="arXiv:2301.00808",
+)
 
 CATALOG: Mapping[str, NormSpec] = MappingProxyType(
     {
@@ -58,8 +92,15 @@ CATALOG: Mapping[str, NormSpec] = MappingProxyType(
         "group": GROUP,
         "layer": LAYER,
         "rms": RMS,
+        "frn": FRN,
+        "evonorm_b0": EVONORM_B0,
+        "evonorm_s0": EVONORM_S0,
+        "dyt": DYNAMIC_TANH,
+        "grn": GLOBAL_RESPONSE,
     }
 )
+# Those of gamma, beta and kept statistics alone: what a NormRecord can say, and surgery can read and turn into another.
+STANDARD = tuple(name for name, spec in CATALOG.items() if spec.formula == "standard")
 
 
 def find(name: str) -> NormSpec:

@@ -1,4 +1,4 @@
-"""The oracle: every normalizer in float64, one slice at a time, by the names of its axes.
+"""The oracle: every normalizer of mean and variance in float64, one slice at a time, by the names of its axes.
 
 It is written another way on purpose. It never sees a plan, no array is reshaped or reduced as a whole, sums are exact
 (`math.fsum`), and the backward pass follows the papers' long form, through the variance and the mean, instead of the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ class Reference(NamedTuple):
     dbeta: Array | None
     kept: dict[str, Array]  # after the call
     moments: dict[tuple, tuple[float, float]]  # (mean, biased variance) of every slice, by its place
+    dothers: Mapping[str, Array] = MappingProxyType({})  # of tau, v and the like, see `core.activated_reference`
 
 
 class _Slice(NamedTuple):

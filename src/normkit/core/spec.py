@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from normkit.core.constraints import Constraint, Flag, Integer, OneOf, Optional, Real, check
 from normkit.errors import NormValueError, message
 
 __all__ = ["ARGUMENTS", "NormSpec", "Tracked", "parse"]
+
+Formula = Literal["standard", "filter_response", "evonorm_b0", "evonorm_s0", "dynamic_tanh", "global_response"]
+# The papers of these give an activation up for them.
+_ACTIVATING = ("filter_response", "evonorm_b0", "evonorm_s0")
 
 _TOKEN = re.compile(r"\((\w+) (\w+)\)|(\*?\w+)")
 
@@ -61,6 +65,10 @@ class NormSpec:
         eps: default of the constant added to the variance, inside the root.
         tracked: what is kept between calls; in evaluation the kept values replace those of the batch.
         renorm: correct the batch statistics towards the kept ones (batch renormalization).
+        formula: `standard` is the one above; `core.activated` holds the others, which have further parameters, are
+            activations as well, or use no mean and variance.
+        others: name and first value of the parameters besides gamma and beta: one value per channel, except for alpha
+            of dynamic tanh, which is one number.
         minimum: values a statistic needs in training. One value has no variance: where the values are samples or
             positions, that is a mistake in the data (2); where they are features, the output is beta (1).
         paper: where it comes from.
@@ -75,6 +83,8 @@ class NormSpec:
     eps: float = 1e-5
     tracked: tuple[Tracked, ...] = ()
     renorm: bool = False
+    formula: Formula = "standard"
+    others: tuple[tuple[str, float], ...] = ()
     minimum: int = 1
     paper: str = ""
     # Read off the patterns once: `x`, one tuple of names per axis, and the names in `over` and `affine`.
@@ -87,6 +97,7 @@ class NormSpec:
         "gain": OneOf(("w", "1+w")),
         "eps": Real(0.0),
         "renorm": Flag(),
+        "formula": OneOf(get_args(Formula)),
         "minimum": Integer(1),
     }
 
@@ -107,7 +118,12 @@ class NormSpec:
     @property
     def first_gain(self) -> float:
         """The first value of gamma."""
-        return 0.0 if self.gain == "1+w" else 1.0
+        return 0.0 if self.gain == "1+w" or self.formula == "global_response" else 1.0
+
+    @property
+    def activates(self) -> bool:
+        """Whether it is an activation as well, and stands where norm and activation stood."""
+        return self.formula in _ACTIVATING
 
 
 # Constraints that constructors of layers share, by the name of the argument.
@@ -122,6 +138,10 @@ ARGUMENTS: Mapping[str, Constraint] = {
     "elementwise_affine": Flag(),
     "bias": Flag(),
     "track_running_stats": Flag(),
+    "learn_eps": Flag(),
+    "apply_act": Flag(),
+    "channels_last": Flag(),
+    "alpha_init_value": Real(),
     "bessel": Flag(),
     "nonfinite": OneOf(("skip", "update")),
     "gain": OneOf(("w", "1+w")),

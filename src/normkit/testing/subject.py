@@ -100,6 +100,7 @@ class Subject:
         gradients: "always", "training" (no backward pass with kept statistics) or "never".
         rowwise: whether, where no statistic crosses samples, a sample gives the same *bits* in every batch.
         roundings: see `tolerance`.
+        oracle: what it is compared with, called like :func:`normkit.core.reference.reference`.
         exceptions: checks it is known to fail, each with the reason.
     """
 
@@ -123,6 +124,7 @@ class Subject:
     gradients: str = "always"
     rowwise: bool = True
     roundings: int = 1
+    oracle: Callable[..., Reference] = reference
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -215,11 +217,15 @@ class Subject:
         mask, weight = self.over_channels(call.mask, shape), self.over_channels(call.weight, shape)
         steps = [(x, True, None) for x in call.history] + [(call.x, call.training, call.dy)]
         for x, training, dy in steps:
-            r_max, d_max = (1.0, 0.0) if call.schedule is None else call.schedule.at(np, updates)
-            found = reference(
+            clips = (
+                {}
+                if call.schedule is None
+                else dict(zip(("r_max", "d_max"), map(float, call.schedule.at(np, updates)), strict=True))
+            )
+            found = self.oracle(
                 spec, x, call.gamma, call.beta,
                 sizes=self.sizes(x.shape), eps=call.eps, dy=dy, mask=mask, weight=weight, kept=kept, training=training,
-                rate=1.0 / (updates + 1) if call.rate is None else call.rate, r_max=float(r_max), d_max=float(d_max),
+                rate=1.0 / (updates + 1) if call.rate is None else call.rate, **clips,
             )  # fmt: skip
             kept = found.kept
             updates += training and _counts(mask, weight, x)

@@ -5,8 +5,19 @@ from normkit.torch import functional as functional
 from normkit.torch.checkpoints import load_folded as load_folded
 from normkit.torch.constant import FrozenBatchNorm2d as FrozenBatchNorm2d
 from normkit.torch.factory import norm_layer as norm_layer
+from normkit.torch.further import *  # noqa: F403
+from normkit.torch.further import __all__ as _further
 from normkit.torch.layers import *  # noqa: F403
 from normkit.torch.layers import __all__ as _layers
 from normkit.torch.synchronized import SyncBatchNorm as SyncBatchNorm
 
-__all__ = ["FrozenBatchNorm2d", "SyncBatchNorm", "functional", "load_folded", "norm_layer", "use_kernel", *_layers]
+__all__ = [
+    "FrozenBatchNorm2d",
+    "SyncBatchNorm",
+    "functional",
+    "load_folded",
+    "norm_layer",
+    "use_kernel",
+    *_layers,
+    *_further,
+]

@@ -47,9 +47,8 @@ def keep(
             rate: Any = 0.0 if momentum is None else momentum
         else:
             rate = 1.0 / (count + 1).to(torch.float64 if count.device.type != "mps" else torch.float32)
-        if (
-            not watched() and known is True and kept["mean"].device.type == "cpu"
-        ):  # a look at the values costs nothing here
+        device = next(iter(kept.values())).device
+        if not watched() and known is True and device.type == "cpu":  # a look at the values costs nothing here
             if nonfinite == "skip" and not all(
                 math.isfinite(v.sum(dtype=torch.float64).item()) for v in batch.values()
             ):
@@ -60,7 +59,7 @@ def keep(
                 count.add_(1)
             return
         new = formula.updated(torch, spec, kept, batch, known, rate)
-        counted = torch.ones((), dtype=torch.bool, device=kept["mean"].device) if known is True else known.any()
+        counted = torch.ones((), dtype=torch.bool, device=device) if known is True else known.any()
         if nonfinite == "skip":
             finite = torch.stack([torch.isfinite(value).all() for value in batch.values()]).all()
             new = {name: torch.where(finite, value, kept[name]) for name, value in new.items()}

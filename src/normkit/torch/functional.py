@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normkit.core import catalog, formula, plan
+from normkit.core import activated, catalog, formula, plan
 from normkit.core.axes import Sizes
 from normkit.core.constraints import check
 from normkit.core.plan import NormPlan
@@ -35,7 +35,12 @@ __all__ = [
     "add_rms_norm",
     "batch_norm",
     "batch_renorm",
+    "dynamic_tanh",
+    "evonorm_b0",
+    "evonorm_s0",
+    "filter_response_norm",
     "ghost_batch_norm",
+    "global_response_norm",
     "group_norm",
     "instance_norm",
     "layer_norm",
@@ -59,7 +64,7 @@ def _biased(spec: NormSpec) -> NormSpec:
     return replace(spec, tracked=tuple(replace(t, bessel=False) for t in spec.tracked))
 
 
-_SPECS = {(s, True): s for s in (catalog.BATCH, catalog.GHOST, catalog.INSTANCE_TRACKED)}
+_SPECS = {(s, True): s for s in (catalog.BATCH, catalog.GHOST, catalog.INSTANCE_TRACKED, catalog.EVONORM_B0)}
 _SPECS |= {(s, False): _biased(s) for s, _ in list(_SPECS)}
 _GAINS = {(s, gain): replace(s, gain=gain) for s in (catalog.RMS, catalog.RMS_2D) for gain in ("w", "1+w")}
 
@@ -380,6 +385,183 @@ def add_rms_norm(
     return rms_norm(total, normalized_shape, weight, eps, gain=gain, cast=cast), total
 
 
+def filter_response_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    eps: float = 1e-6,
+    *,
+    learned_eps: Tensor | None = None,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Filter response normalization with its thresholded linear unit (arXiv:1911.09737): norm and activation in one.
+
+    y = max(x / sqrt(mean(x^2) + eps + |learned_eps|) * gamma + beta, tau), the mean over the positions of each channel
+    of each sample.
+
+    Shapes: input (N, C, *S); weight, bias, tau (C,); learned_eps ().
+    """
+    spec = catalog.FRN
+    p = _plan(spec, input, ())
+    _check_affine(spec, p, input, weight, bias, None, tau=tau)
+    x, real, w = _weighted(input, mask, sample_weight)
+    wide = accumulator(input.dtype)
+    if learned_eps is None:
+        y, _ = normalize(spec, p, x, weight, bias, eps, weight=w)
+    else:
+        gamma, beta, more = (t.to(wide) for t in (weight, bias, learned_eps))
+        y, _ = formula.normalize(torch, spec, p, x.to(wide), gamma, beta, eps=eps + more.abs(), weight=w)  # type: ignore[arg-type]
+    return _finish(activated.thresholded(torch, p, y.to(wide), tau.to(wide)), input, real, None, None)
+
+
+def evonorm_b0(
+    input: Tensor,
+    running_var: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    v: Tensor | None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    bessel: bool = True,
+    nonfinite: str = "skip",
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """EvoNorm-B0 (arXiv:2004.02967): norm and activation in one.
+
+    y = x / max(sqrt(var_batch + eps), v x + sqrt(var_instance + eps)) * gamma + beta. In training, and without
+    `running_var`, var_batch is the biased variance of the batch, and `running_var` then follows it as in
+    :func:`batch_norm`; in evaluation it is `running_var`. Without `v` all that is left is x * gamma + beta, as in timm.
+
+    Shapes: input (N, C, *S); the rest (C,).
+
+    Raises:
+        NormValueError: for inputs without positions, whose instances have no variance; for one value per channel in
+            training.
+    """
+    spec = _spec(catalog.EVONORM_B0, bessel)
+    _check(spec.name, momentum=momentum, nonfinite=nonfinite)
+    p = _plan(spec, input, ())
+    kept = {} if running_var is None else {"var": running_var}
+    _check_affine(spec, p, input, weight, bias, kept, v=v)
+    if momentum is None and num_batches_tracked is None and kept and training:
+        raise _uncounted(spec)
+    x, real, w = _weighted(input, mask, sample_weight)
+    wide = accumulator(input.dtype)
+    x, gamma, beta = x.to(wide), weight.to(wide), bias.to(wide)
+    if v is None:
+        return _finish(_affine(p, x, gamma, beta), input, real, None, None)
+    if input.dim() < 3:
+        must = f"{spec.name}: the input must have positions, over which each instance has a variance"
+        raise NormValueError(
+            message(must, f"shape {tuple(input.shape)}", "use evonorm_s0, which has groups of channels")
+        )
+    learning = training or not kept
+    if learning:
+        _check_values(spec, p, input)
+    y, moments = activated.evonorm_b0(
+        torch,
+        spec,
+        p,
+        _plan(catalog.INSTANCE, input, ()),
+        x,
+        v.to(wide),
+        gamma,
+        beta,
+        eps=eps,
+        weight=w,
+        kept=None if learning else {"var": kept["var"].to(wide)},
+    )
+    if moments is not None and kept:
+        keep(spec, p, kept, num_batches_tracked, [moments], momentum=momentum, eps=eps, nonfinite=nonfinite)
+    return _finish(y, input, real, None, None)
+
+
+def evonorm_s0(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    v: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """EvoNorm-S0 (arXiv:2004.02967): group norm and activation in one.
+
+    y = x * sigmoid(v x) / sqrt(var_group + eps) * gamma + beta, with the biased variance of each group of channels of
+    each sample. Without `v` all that is left is x * gamma + beta, as in timm.
+
+    Shapes: input (N, C, *S) with C divisible by `num_groups`; weight, bias, v (C,).
+    """
+    spec = catalog.EVONORM_S0
+    _check(spec.name, num_groups=num_groups)
+    p = _plan(spec, input, (("g", num_groups),))
+    _check_affine(spec, p, input, weight, bias, None, v=v)
+    x, real, w = _weighted(input, mask, sample_weight)
+    wide = accumulator(input.dtype)
+    x, gamma, beta = x.to(wide), weight.to(wide), bias.to(wide)
+    if v is None:
+        y = _affine(p, x, gamma, beta)
+    else:
+        y = activated.evonorm_s0(torch, spec, p, x, v.to(wide), gamma, beta, eps=eps, weight=w)
+    return _finish(y, input, real, None, None)
+
+
+def dynamic_tanh(input: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, channels_last: bool = True) -> Tensor:
+    """Dynamic tanh (arXiv:2503.10622), gamma * tanh(alpha x) + beta, in the place of layer norm.
+
+    Shapes: input (*, *normalized_shape) for a weight and bias of normalized_shape, or (N, C, *S) with
+    `channels_last=False` and a weight and bias (C,); alpha one number.
+    """
+    spec, sizes = (catalog.DYNAMIC_TANH, _trailing(weight.shape)) if channels_last else (catalog.DYNAMIC_TANH_2D, ())
+    p = _plan(spec, input, sizes)
+    _check_affine(spec, p, input, weight, bias, None)
+    wide = accumulator(input.dtype)
+    shape = plan.kept_shape(p, tuple(input.shape))
+    gamma, beta = (t.to(wide).reshape(shape) for t in (weight, bias))
+    y = activated.dynamic_tanh(torch, input.to(wide), alpha.to(wide), gamma, beta)
+    return _finish(y, input, None, None, None)
+
+
+def global_response_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    *,
+    channels_last: bool = True,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Global response normalization of ConvNeXt V2 (arXiv:2301.00808).
+
+    y = gamma * (x * g / (mean(g) + eps)) + beta + x with g = sqrt(sum(x^2)) over the positions of each channel of each
+    sample, and its mean over the channels. `sample_weight` weighs the squares.
+
+    Shapes: input (N, *S, C), or (N, C, *S) with `channels_last=False`; weight and bias (C,).
+    """
+    spec = catalog.GLOBAL_RESPONSE
+    if not isinstance(input, Tensor) or input.dim() < 2:
+        got = f"shape {tuple(input.shape)}" if isinstance(input, Tensor) else type(input).__name__
+        raise NormValueError(message(f"{spec.name}: the input must be a tensor of samples and channels", got))
+    placed = input.movedim(-1, 1) if channels_last else input
+    p = _plan(spec, placed, ())
+    _check_affine(spec, p, placed, weight, bias, None)
+    x, real, w = _weighted(placed, mask, sample_weight)
+    wide = accumulator(input.dtype)
+    gamma, beta = weight.to(wide), bias.to(wide)
+    y = activated.global_response(torch, p, x.to(wide), gamma, beta, eps=eps, channel=1, weight=w)
+    y = _finish(y, placed, real, None, None)
+    return y.movedim(1, -1) if channels_last else y
+
+
 # A symbolic trace keeps these calls as they are: what they check and choose depends on real tensors.
 for _name in __all__[1:]:
     torch.fx.wrap(_name)
@@ -409,8 +591,7 @@ def _tracked(
     """Run a normalizer whose statistics may be kept: by those of the input, or by the kept ones."""
     _check(spec.name, momentum=momentum, nonfinite=nonfinite)
     if momentum is None and number is None and kept is not None and training:
-        must = f"{spec.name}: `momentum=None` averages all batches and needs `num_batches_tracked`"
-        raise NormValueError(message(must, "None", "torch.zeros((), dtype=torch.long)"))
+        raise _uncounted(spec)
     p = _plan(spec, input, sizes)
     _check_affine(spec, p, input, weight, bias, kept)
     if kept is not None and not training:  # evaluation asks no other process
@@ -522,6 +703,16 @@ def _spec(spec: NormSpec, bessel: bool) -> NormSpec:
     return _SPECS[spec, bessel]
 
 
+def _uncounted(spec: NormSpec) -> NormValueError:
+    must = f"{spec.name}: `momentum=None` averages all batches and needs `num_batches_tracked`"
+    return NormValueError(message(must, "None", "torch.zeros((), dtype=torch.long)"))
+
+
+def _affine(p: NormPlan, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    shape = plan.kept_shape(p, tuple(x.shape))
+    return x * gamma.reshape(shape) + beta.reshape(shape)
+
+
 def _virtual(size: int) -> Sizes:
     _check("ghost_batch_norm", virtual_batch_size=size)
     return (("n", size),)
@@ -552,10 +743,12 @@ def _check_affine(
     weight: Tensor | None,
     bias: Tensor | None,
     kept: Mapping[str, Tensor] | None,
+    **others: Tensor | None,
 ) -> None:
     """Refuse parameters and statistics of another length than the input's channels."""
     expected = plan.product([input.shape[axis] for axis in p.whole])
-    named = {"weight": weight, "bias": bias, **{f"running_{name}": t for name, t in (kept or {}).items()}}
+    named = {"weight": weight, "bias": bias, **others}
+    named |= {f"running_{name}": t for name, t in (kept or {}).items()}
     for name, t in named.items():
         if t is not None and t.numel() != expected:
             must = f"{spec.name}: `{name}` must have {expected} values for an input of shape {tuple(input.shape)}"
