@@ -46,12 +46,12 @@ HOUSEHOLDS = Example(
     "Each row is normalized by itself: what a household spends on something, relative to its own income. A household "
     "with half the income and the same habits gets the same numbers, whoever else is in the batch.",
 )
-_RED, _GREEN = [[1.0, 2.0], [3.0, 6.0]], [[4.0, 4.0], [8.0, 8.0]]
-_BLUE, _INFRARED = [[0.0, 2.0], [2.0, 0.0]], [[5.0, 5.0], [1.0, 1.0]]
+_FIRST, _SECOND = [[1.0, 2.0], [3.0, 6.0]], [[4.0, 4.0], [8.0, 8.0]]
+_THIRD, _FOURTH = [[-1.0, 1.0], [1.0, -1.0]], [[5.0, 5.0], [-1.0, -1.0]]
 # The second image is the first one, exposed twice as long.
 IMAGES = Example(
-    "two images of 2 x 2 pixels with four channels; the second is the first, exposed twice as long",
-    np.array([[_RED, _GREEN, _BLUE, _INFRARED]]) * np.array([1.0, 2.0]).reshape(2, 1, 1, 1),
+    "two images of 2 x 2 pixels, as four channels of a convolution; the second is the first, exposed twice as long",
+    np.array([[_FIRST, _SECOND, _THIRD, _FOURTH]]) * np.array([1.0, 2.0]).reshape(2, 1, 1, 1),
     (("image 1", "image 2"), ("channel 1", "channel 2", "channel 3", "channel 4")),
     "Each image is normalized by itself: how long it was exposed leaves no trace in the output.",
 )
@@ -60,8 +60,10 @@ IMAGES = Example(
 def example(spec: NormSpec) -> Example:
     """The data that shows what a normalizer does."""
     over = set(spec.over_names)
-    if spec.name in FORMS and not FORMS[spec.name].normalized:
-        return replace(IMAGES, reading="")
-    if "n" in over:
-        return CAMPAIGNS
-    return IMAGES if "*s" in over else HOUSEHOLDS
+    form = FORMS.get(spec.formula)
+    found = IMAGES
+    if spec.axes[0] == ("*n",):
+        found = HOUSEHOLDS
+    elif form is None and "n" in over:
+        found = CAMPAIGNS
+    return found if form is None or form.normalized else replace(found, reading="")

@@ -1,82 +1,61 @@
-"""Normalizers whose output is more than "normalize, scale and shift": what they do with the statistics instead."""
+"""The formulas of normalizers in words, and what there is to say of those that do not normalize, scale and shift."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import numpy as np
-
-from normkit.core import activated, formula
-from normkit.core.catalog import EVONORM_B0, EVONORM_S0, FRN, INSTANCE
-from normkit.core.plan import NormPlan, plan
 from normkit.core.spec import NormSpec
 
-__all__ = ["FORMS", "Form", "Given", "formula_of"]
+__all__ = ["FORMS", "Form", "formula_of"]
 
-
-class Given(NamedTuple):
-    """What an output is made of."""
-
-    spec: NormSpec
-    plan: NormPlan
-    x: Any
-    gamma: Any
-    beta: Any
-    more: Mapping[str, Any]  # further values by name
-    eps: float
-    kept: Mapping[str, Any] | None = None  # what evaluation normalizes by
+_MORE = "There are none: this does more to x than scale and shift it."
 
 
 @dataclass(frozen=True)
 class Form:
-    """An output of its own.
+    """A formula of its own, of :mod:`normkit.core.activated`.
 
     Attributes:
-        formula: in words.
-        run: it, in NumPy.
-        first: further values with one number per channel, and the first ones.
-        normalized: whether x is divided by its deviation first, before anything else is done.
+        words: the formula.
+        undo: whether any gamma and beta undo it, in a sentence.
+        remark: what else is made of the statistics, in a sentence.
+        normalized: whether x is divided by its root mean square first, before anything else is done.
     """
 
-    formula: str
-    run: Callable[[Given], Any]
-    first: Mapping[str, float] = field(default_factory=dict)
+    words: str
+    undo: str = _MORE
+    remark: str = ""
     normalized: bool = False
 
 
-def _frn(g: Given) -> Any:
-    y, _ = formula.normalize(np, g.spec, g.plan, g.x, g.gamma, g.beta, eps=g.eps)
-    return activated.thresholded(np, g.plan, y, g.more["tau"])
-
-
-def _evonorm_b0(g: Given) -> Any:
-    alone = plan(INSTANCE, g.x.ndim)
-    values = (g.x, g.more["v"], g.gamma, g.beta)
-    return activated.evonorm_b0(np, g.spec, g.plan, alone, *values, eps=g.eps, kept=g.kept)[0]
-
-
-def _evonorm_s0(g: Given) -> Any:
-    return activated.evonorm_s0(np, g.spec, g.plan, g.x, g.more["v"], g.gamma, g.beta, eps=g.eps)
-
-
-# By the name of the spec.
+# By `NormSpec.formula`.
 FORMS: Mapping[str, Form] = {
-    FRN.name: Form("y = max(x / sqrt(mean(x^2) + eps) * gamma + beta, tau)", _frn, {"tau": 0.0}, True),
-    EVONORM_B0.name: Form(
-        "y = x / max(sqrt(variance + eps), v * x + sqrt(variance of the instance + eps)) * gamma + beta",
-        _evonorm_b0,
-        {"v": 1.0},
+    "filter_response": Form(
+        "y = max(x / sqrt(mean(x^2) + eps) * gamma + beta, tau)",
+        "There are none where the maximum takes tau: what is below is cut off.",
+        normalized=True,
     ),
-    EVONORM_S0.name: Form("y = x * sigmoid(v * x) / sqrt(variance + eps) * gamma + beta", _evonorm_s0, {"v": 1.0}),
+    "evonorm_b0": Form(
+        "y = x / max(sqrt(variance + eps), v * x + sqrt(variance of the instance + eps)) * gamma + beta",
+        remark="The variance of the instance is that of one channel of one sample, over its positions.",
+    ),
+    "evonorm_s0": Form("y = x * sigmoid(v * x) / sqrt(variance + eps) * gamma + beta"),
+    "dynamic_tanh": Form(
+        "y = gamma * tanh(alpha * x) + beta", "There are none: tanh does more to x than scale and shift it."
+    ),
+    "global_response": Form(
+        "y = gamma * (x * g / (mean(g) + eps)) + beta + x, g = sqrt(sum(x^2))",
+        "gamma = 0 and beta = 0, the first values, give x back.",
+        "g = sqrt(m * mean square); its mean is taken over the channels of a sample, which so compete.",
+    ),
 }
 
 
 def formula_of(spec: NormSpec) -> str:
     """The formula of a normalizer in one line."""
-    if spec.name in FORMS:
-        return FORMS[spec.name].formula
+    if spec.formula in FORMS:
+        return FORMS[spec.formula].words
     gain = "(1 + gamma)" if spec.gain == "1+w" else "gamma"
     if not spec.center:
         return f"y = x / sqrt(mean(x^2) + eps) * {gain}"

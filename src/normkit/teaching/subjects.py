@@ -96,8 +96,10 @@ def by_name(
         sizes = (("g", groups if groups is not None else math.gcd(2, channels)),)
     if "m" in names:
         sizes = (("n", virtual_batch_size if virtual_batch_size is not None else 2),)
-    if "*c" in names:
+    if "*c" in spec.affine_names:
         sizes = (("*c", shape[-1:]),)
+    if gamma is None and spec.gain == "w" and spec.first_gain == 0:
+        gamma = 1.0  # a new layer of it passes x on, which shows nothing
     return Subject(
         name,
         spec.name.replace("_", " "),

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from normkit.core import formula
+from normkit.core.activated_reference import activated_reference
 from normkit.core.formula import Moments
 from normkit.core.plan import NormPlan, check_lengths, count, parts, plan
 from normkit.core.spec import NormSpec
 from normkit.errors import NormValueError, message
 from normkit.teaching.cells import Frame, Labels, letter, places, sharing
-from normkit.teaching.forms import FORMS, Given
+from normkit.teaching.forms import FORMS
 from normkit.teaching.subjects import Subject
 
 __all__ = ["Kept", "Statistic", "Step", "Undo", "Walk", "walk"]
@@ -93,9 +94,8 @@ class Walk:
         frame: how the input stands on paper.
         x: the input, channels on the second axis.
         shares: for each value the number of the statistic that it is part of.
-        statistics: in the order of these numbers.
+        statistics: in the order of these numbers; empty for a normalizer without any.
         steps: x first, y last.
-        more: further parameters of the normalizer, by name.
         kept: empty where nothing is kept.
         evaluation: the first sample in evaluation after this batch.
         undo: None for a normalizer that loses more than mean and variance.
@@ -107,7 +107,6 @@ class Walk:
     shares: Array
     statistics: tuple[Statistic, ...]
     steps: tuple[Step, ...]
-    more: Mapping[str, Array]
     kept: tuple[Kept, ...]
     evaluation: Array
     undo: Undo | None
@@ -115,48 +114,47 @@ class Walk:
 
 def walk(subject: Subject, x: Array, labels: Labels = ()) -> Walk:
     """Walk a batch through a normalizer. Raises NormValueError for an input that does not fit it."""
-    spec, sizes, eps = subject.spec, subject.sizes, subject.eps
+    spec, eps = subject.spec, subject.eps
     p = _plan(subject, x)
-    frame = Frame.of(spec, x.shape, sizes, labels)
+    frame = Frame.of(spec, x.shape, subject.sizes, labels)
     affine = tuple(x.shape[axis] for axis in p.whole)
     gamma, beta = (_shaped(name, getattr(subject, name), affine) for name in ("gamma", "beta"))
     before: dict[str, Array] = {
         t.name: np.asarray(subject.kept.get(t.name, np.full(affine, t.init))) for t in spec.tracked
     }
     correct = None if not spec.renorm else formula.renorm(np, before, *subject.clips, lambda value: value)
-    normalized, moments = formula.normalize(np, spec, p, x, eps=eps)
+    normalized, _ = formula.normalize(np, spec, p, x, eps=eps)
+    corrected, moments = formula.normalize(np, spec, p, x, eps=eps, correct=correct)
     shares = sharing(p, x.shape)
-    statistics = _statistics(spec, p, frame, x, shares, moments, eps)
-    form = FORMS.get(spec.name)
-    more = {} if form is None else {name: np.full(affine, value) for name, value in form.first.items()}
+    statistics = _statistics(spec, p, frame, x, shares, moments, eps) if p.reduce else ()
+    form = FORMS.get(spec.formula)
     steps = [Step("x", "", x)]
-    words = "(x - mean) / sqrt(variance + eps)" if spec.center else "x / sqrt(mean square + eps)"
     if form is None or form.normalized:
+        words = "(x - mean) / sqrt(variance + eps)" if spec.center else "x / sqrt(mean square + eps)"
         steps.append(Step("normalized", words, normalized))
     if correct is not None:
-        corrected, moments = formula.normalize(np, spec, p, x, eps=eps, correct=correct)
-        statistics = _statistics(spec, p, frame, x, shares, moments, eps)
         steps.append(Step("corrected", "normalized * r + d", corrected))
-    gain = "(1 + gamma)" if spec.gain == "1+w" else "gamma"
-    if form is None:
-        y, _ = formula.normalize(np, spec, p, x, gamma, beta, eps=eps, correct=correct)
-        shifted = "" if beta is None and not spec.center else " + beta"
-        steps.append(Step("y", f"{steps[-1].name} * {gain}{shifted}", y))
-    else:
-        one = np.ones(affine) if gamma is None else gamma
-        zero = np.zeros(affine) if beta is None else beta
-        steps.append(Step("y", form.formula.removeprefix("y = "), form.run(Given(spec, p, x, one, zero, more, eps))))
     kept = _kept(subject, p, moments, before)
     after = {one.name: one.after for one in kept}
-    row = x[:1] if frame.order[:1] == (0,) and frame.tokens[0][-1] in ("n", "*n") else x
-    if not kept:
-        evaluation = steps[-1].values[: len(row)]
-    elif form is None:
-        evaluation = formula.evaluate(np, spec, p, row, after, gamma, beta, eps=eps)
+    row = x[:1] if frame.tokens[0][-1] in ("n", "*n") else x
+    if form is not None:
+
+        def run(values: Array, **options: Any) -> Array:
+            own: dict[str, Any] = {"sizes": subject.sizes, "eps": eps, **options}
+            return activated_reference(spec, values, gamma, beta, **own).y
+
+        steps.append(Step("y", form.words.removeprefix("y = "), run(x)))
+        evaluation = run(row, kept=after, training=False) if kept else steps[-1].values[: len(row)]
     else:
-        evaluation = form.run(Given(spec, p, row, one, zero, more, eps, after))
+        gain = "(1 + gamma)" if spec.gain == "1+w" else "gamma"
+        shifted = "" if beta is None and not spec.center else " + beta"
+        y, _ = formula.normalize(np, spec, p, x, gamma, beta, eps=eps, correct=correct)
+        steps.append(Step("y", f"{steps[-1].name} * {gain}{shifted}", y))
+        evaluation = y[: len(row)]
+        if kept:
+            evaluation = formula.evaluate(np, spec, p, row, after, gamma, beta, eps=eps)
     undo = None if form is not None else _undo(subject, p, x, shares, statistics, correct)
-    return Walk(subject, frame, x, shares, statistics, tuple(steps), more, kept, evaluation, undo)
+    return Walk(subject, frame, x, shares, statistics, tuple(steps), kept, evaluation, undo)
 
 
 def _plan(subject: Subject, x: Array) -> NormPlan:
@@ -164,10 +162,10 @@ def _plan(subject: Subject, x: Array) -> NormPlan:
     p = plan(spec, x.ndim, subject.sizes)
     check_lengths(spec, p, x.shape)
     least = min(count(p, view) for _, _, view in parts(p, x.shape))
-    if least < spec.minimum or not p.reduce:
-        must = f"{spec.name}: a statistic must have at least {max(spec.minimum, 1)} values"
-        given = "no axis to take them over" if not p.reduce else f"{least}"
-        raise NormValueError(message(must, f"{given} from shape {x.shape}"))
+    if least < spec.minimum or (spec.over_names and not p.reduce):
+        must = f"{spec.name}: a statistic must have at least {spec.minimum} value{'s' if spec.minimum > 1 else ''}"
+        given = f"{least}" if p.reduce else f"no axes `{spec.over}`"
+        raise NormValueError(message(must, f"{given} in shape {x.shape}"))
     return p
 
 
@@ -191,14 +189,16 @@ def _statistics(
     correction = [m.correction for m in moments if m.correction is not None]
     r, d = (np.concatenate([np.ravel(getattr(c, name)) for c in correction]) if correction else None for name in "rd")
     mean = flat("mean") if spec.center else None
+    order = np.argsort(shares, axis=None, kind="stable")
+    starts = np.searchsorted(shares.ravel()[order], np.arange(len(var) + 1))
     for number in range(len(var)):
-        own = shares == number
-        index = tuple(int(i) for i in np.argwhere(own)[0])
+        own = order[starts[number] : starts[number + 1]]
+        index = tuple(int(i) for i in np.unravel_index(own[0], x.shape))
         found.append(
             Statistic(
                 letter(number),
                 frame.where(spec, p, index),
-                tuple(map(float, x[own])),
+                tuple(map(float, x.ravel()[own])),
                 None if mean is None else float(mean[number]),
                 float(var[number]),
                 float(np.sqrt(var[number] + eps)),

@@ -58,7 +58,7 @@ def title(walk: Walk) -> str:
 
 def sections(walk: Walk) -> list[Section]:
     """All of them, in the order in which one would compute."""
-    found = [_shared(walk), _moments(walk), _normalized(walk)]
+    found = [_shared(walk), _moments(walk), _normalized(walk)] if walk.statistics else [_normalized(walk)]
     if walk.kept:
         found.append(_averages(walk))
     return [*found, _evaluation(walk), _undone(walk)]
@@ -118,14 +118,16 @@ def _moments(walk: Walk) -> Section:
             "batch norm."
         )
     headings = ["", "of", "values", *(["mean"] if spec.center else [])]
-    headings += ["variance" if spec.center else "mean square", "std", *(["r", "d"] if corrected else [])]
+    headings += [*(("variance", "std") if spec.center else ("mean square", "rms")), *(["r", "d"] if corrected else [])]
     rows = []
     for s in statistics[:_STATISTICS]:
         own = [number(s.mean)] if spec.center else []
         own += [number(s.var), number(s.std), *([number(s.r), number(s.d)] if corrected else [])]
         rows.append((s.letter, s.where, str(len(s.values)), *own))
-    under = "variance" if spec.center else "mean square"
-    words.append(f"std = sqrt({under} + eps)")
+    under, root = ("variance", "std") if spec.center else ("mean square", "rms")
+    words.append(f"{root} = sqrt({under} + eps)")
+    if spec.formula in FORMS and FORMS[spec.formula].remark:
+        words.append(FORMS[spec.formula].remark)
     if any(s.var == 0 for s in statistics):
         words.append(f"Where the {under} is 0, eps alone keeps the division possible.")
     if len(statistics) > _STATISTICS:
@@ -153,20 +155,22 @@ def _normalized(walk: Walk) -> Section:
     words = [f"{step.name} = {step.formula}" for step in walk.steps[1:]]
     subject = walk.subject
     plain = subject.gamma is None and subject.beta is None
-    more = "".join(f", {name} = {number(float(values.flat[0]))}" for name, values in walk.more.items())
+    more = "".join(f", {name} = {number(value)}" for name, value in subject.spec.others)
     if plain:
         beta = ", beta = 0" if "beta" in words[-1] else ""
         words[-1] += f"; a new layer has gamma = {number(subject.spec.first_gain)}{beta}{more}"
     else:
         values = (("gamma", subject.gamma), ("beta", subject.beta))
         words[-1] += "; " + ", ".join(f"{name} = {_listed(own)}" for name, own in values if own is not None) + more
-    s, first = walk.statistics[0], float(walk.x.flat[0])
+    if not walk.statistics:
+        words.insert(0, "No statistic is taken: every value is looked at alone.")
     if walk.steps[1].name == "normalized":
+        s, first = walk.statistics[0], float(walk.x.flat[0])
         top = number(first) if s.mean is None else _difference(first, s.mean)
         example = f"{top} / {number(s.std)} = {number(float(walk.steps[1].values.flat[0]))}"
         words.insert(1, f"the first value, of {s.letter}: {example}")
     return Section(
-        "Normalized, scaled and shifted",
+        "Normalized, scaled and shifted" if subject.spec.formula not in FORMS else "The output",
         tuple(words),
         _beside(walk.frame, [(step.name, step.values) for step in walk.steps]),
     )
@@ -255,9 +259,8 @@ def _undone(walk: Walk) -> Section:
     heading = "The gamma and beta that undo it"
     undo, spec = walk.undo, walk.subject.spec
     if undo is None:
-        none = f"There are none: {FORMS[spec.name].formula} does more to x than scale and shift it."
-        return Section(heading, (none,))
-    statistic = "std / r" if spec.renorm else "std"
+        return Section(heading, (FORMS[spec.formula].undo,))
+    statistic = "std / r" if spec.renorm else "std" if spec.center else "rms"
     shift = "mean - d * std / r" if spec.renorm else "mean"
     less = " - 1" if spec.gain == "1+w" else ""
     formula = f"gamma = {statistic}{less}, beta = {shift if spec.center else '0'}"
