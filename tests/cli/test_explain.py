@@ -11,12 +11,20 @@ from normkit.cli import main
 from normkit.core.catalog import CATALOG
 
 
+MINE = """
+import numpy as np
+
+print("imported")
+batches = [(np.array([[1.0, 2.0], [5.0, 4.0]]), np.array([0, 1])), (np.zeros((1, 2)), np.array([0]))]
+"""
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     np.save("x.npy", np.arange(6.0).reshape(3, 2))
-    (tmp_path / "mine.py").write_text("print('imported')\nbatches = [[[1.0, 2.0], [5.0, 4.0]], [[0.0, 0.0]]]\n")
+    (tmp_path / "mine.py").write_text(MINE)
     return tmp_path
 
 

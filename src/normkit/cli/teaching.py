@@ -6,7 +6,7 @@ import contextlib
 import json as json_module
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -87,8 +87,9 @@ def _steps(name: str, source: str | None) -> Steps:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
             found = inputs(source, lambda label: Code.named(label).load())
-            batch: Any = found if batches.whole(found) else next(batches.inputs(found, 1), ())
-            return show(name, batch[0] if isinstance(batch, tuple | list) and batch else batch)
+            if not batches.whole(found):  # a loader, or a list of batches: the first one
+                return show(name, next(batches.inputs(found, 1), ()))
+            return show(name, found[0] if isinstance(found, tuple) else found)
     except KeyboardInterrupt:
         raise typer.Abort from None  # typer would end without a word
 
