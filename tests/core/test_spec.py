@@ -11,20 +11,21 @@ from normkit.core.algebra import remaining
 from normkit.core.catalog import (
     BATCH,
     CATALOG,
-    EVONORM_B0,
-    EVONORM_S0,
-    FRN,
+    DYNAMIC_TANH_2D,
+    GLOBAL_RESPONSE,
     INSTANCE_TRACKED,
     LAYER_2D,
     RENORM,
     RMS,
     RMS_2D,
+    STANDARD,
+    check_position,
     find,
 )
 from normkit.core.spec import NormSpec, Tracked, parse
 from normkit.errors import NormValueError, message, nearest
 
-ALL = [*CATALOG.values(), INSTANCE_TRACKED, LAYER_2D, RMS_2D, FRN, EVONORM_B0, EVONORM_S0]
+ALL = [*CATALOG.values(), INSTANCE_TRACKED, LAYER_2D, RMS_2D, DYNAMIC_TANH_2D]
 
 
 def test_parse():
@@ -42,6 +43,7 @@ def test_parse():
         ({"x": "*a *b *c", "over": "*a", "affine": "*c"}, "`x` must have at most two `*` axes"),
         ({"eps": -1.0}, "batch_norm: `eps` must be a finite number of at least 0; got -1.0"),
         ({"minimum": 0}, "`minimum` must be a whole number of at least 1; got 0"),
+        ({"formula": "frn"}, "batch_norm: `formula` must be one of 'standard'"),
         ({"gain": "w+1"}, "`gain` must be one of 'w', '1+w'; got 'w+1'"),
     ],
 )
@@ -71,6 +73,11 @@ def test_conventions_of_the_papers():
     assert [t.bessel for t in BATCH.tracked] == [False, True]  # algorithm 2: m/(m-1) times the variance
     assert [(t.name, t.bessel) for t in RENORM.tracked] == [("mean", False), ("std", False)]
     assert not RMS.center
+    # FRN and EvoNorm take the place of norm and activation, dynamic tanh and global response norm do not.
+    assert [name for name, spec in CATALOG.items() if spec.activates] == ["frn", "evonorm_b0", "evonorm_s0"]
+    assert set(STANDARD) == {"batch", "ghost", "renorm", "instance", "group", "layer", "rms"}
+    with pytest.raises(NormValueError, match="frn must not stand after the activation"):
+        check_position("frn", "after")
 
 
 def test_find_names_the_nearest():

@@ -45,19 +45,21 @@ def evonorm_b0(
     eps: float,
     weight: Any = None,
     kept: Mapping[str, Any] | None = None,
+    together: Any = None,
 ) -> tuple[Any, Moments | None]:
     """Return x / max(sqrt(var_batch + eps), v x + sqrt(var_instance + eps)) * gamma + beta (arXiv:2004.02967).
 
     Args:
         instance: plan of the statistics of each sample's channels; `p` is that of the batch.
         kept: its `var` takes the place of the batch's. The variance of the instance is always that of the input.
+        together: the namespace whose sums go over all devices, for the batch; the instance is on one.
 
     Returns:
         The output, and the moments of the batch, None with `kept`.
     """
     shape, moments = kept_shape(p, tuple(x.shape)), None
     if kept is None:
-        std, moments = spread(xp, spec, p, x, eps=eps, weight=weight)
+        std, moments = spread(xp if together is None else together, spec, p, x, eps=eps, weight=weight)
     else:
         std = xp.sqrt(xp.reshape(kept["var"], shape) + eps)
     alone, _ = spread(xp, spec, instance, x, eps=eps, weight=weight)

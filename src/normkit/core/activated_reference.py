@@ -238,22 +238,23 @@ def activated_reference(
         value = first if values.get(name) is None else values[name]
         shape = () if name == "alpha" else given.affine
         spread = np.broadcast_to(np.asarray(value, np.float64).reshape(shape if np.size(value) > 1 else ()), shape)
-        given.named[name] = {place: _Number(spread[place]) for place in np.ndindex(*shape)}
-    before = {t.name: np.reshape((kept or {}).get(t.name, np.full(given.affine, t.init)), given.affine)
-              for t in spec.tracked}  # fmt: skip
+        given.named[name] = {place: _Number(float(spread[place])) for place in np.ndindex(*shape)}
+    before: dict[str, Array] = {}
+    for t in spec.tracked:
+        before[t.name] = np.reshape((kept or {}).get(t.name, np.full(given.affine, t.init)), given.affine)
     stored = None if training or not spec.tracked else {p: float(before["var"][p]) for p in np.ndindex(*given.affine)}
     outputs = _FORMULAS[spec.formula](given, stored)
-    y = np.zeros(x.size)
+    flat = np.zeros(x.size)
     for i, n in outputs.items():
-        y[i] = n.value
+        flat[i] = n.value
     after = _kept_after(spec, before, _found(given), given.eps, rate) if training else before
-    y = y.reshape(x.shape)
+    y = flat.reshape(x.shape)
     if dy is None:
         return Reference(y, None, None, None, after, given.moments)
     for i, n in outputs.items():
         n.slope = float(dy.flat[i])
     _hand_back(list(outputs.values()))
-    slopes = {name: np.zeros(() if name == "alpha" else given.affine) for name in given.named}
+    slopes: dict[str, Array] = {name: np.zeros(() if name == "alpha" else given.affine) for name in given.named}
     for name, numbers in given.named.items():
         for place, n in numbers.items():
             slopes[name][place] = n.slope

@@ -13,7 +13,7 @@ from typing import Any
 from normkit.core.spec import NormSpec, Tracked
 from normkit.errors import NormValueError, message, nearest
 
-__all__ = ["CATALOG", "STANDARD", "find"]
+__all__ = ["CATALOG", "STANDARD", "check_position", "find"]
 
 # Ioffe and Szegedy evaluate with the unbiased variance, m/(m-1) times that of the batch (algorithm 2).
 _MOVING = (Tracked("mean", init=0.0), Tracked("var", init=1.0, bessel=True))
@@ -111,3 +111,13 @@ def find(name: str) -> NormSpec:
         raise NormValueError(
             message("a normalizer must be in the catalog", repr(name), nearest(name, CATALOG))
         ) from None
+
+
+def check_position(name: str, position: str) -> None:
+    """Raise NormValueError for a normalizer after the activation whose paper puts it in the place of both.
+
+    `name` is one of the catalog, or `none`; `position` is `before` or `after`.
+    """
+    if position == "after" and name in CATALOG and CATALOG[name].activates:
+        must = f"{name} must not stand after the activation, whose place it takes"
+        raise NormValueError(message(must, f"{name}:after", f"write {name}"))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from normkit.core.catalog import CATALOG
+from normkit.core.catalog import CATALOG, check_position
 from normkit.errors import NormTypeError, NormValueError, message, nearest
 from normkit.frameworks import check_framework
 
@@ -61,6 +61,7 @@ class Variant(NamedTuple):
             raise NormValueError(message(must, repr(position), f"write {name} or {name}:after"))
         if colon and name == "none":
             raise NormValueError(message("`none` has no position", repr(text), "write none"))
+        check_position(name, position)
         return cls(name, position or "before")
 
     @property

@@ -8,11 +8,11 @@ from typing import Any
 import keras
 
 from normkit.core.algebra import usual_groups
-from normkit.core.catalog import find
+from normkit.core.catalog import CATALOG, check_position, find
 from normkit.core.constraints import Integer, check
 from normkit.core.schedule import RenormSchedule, momentum_for
 from normkit.errors import NormTypeError, NormValueError, message
-from normkit.keras import layers
+from normkit.keras import further, layers
 
 __all__ = ["NormFactory", "norm_factory", "norm_layer"]
 
@@ -26,7 +26,9 @@ def norm_layer(name: str, *, axis: int = -1, steps: int | None = None) -> keras.
     Moving averages are debiased: in a short training Keras' own would still hold their first values at its end.
 
     Args:
-        name: short name in the catalog: batch, ghost, renorm, instance, group, layer, rms.
+        name: short name in the catalog: batch, ghost, renorm, instance, group, layer, rms, frn, evonorm_b0, evonorm_s0,
+            dyt, grn. `frn` learns its epsilon, as in the paper where there is a single position, so that it takes
+            tables.
         axis: where the channels are, -1 or 1.
         steps: length of the training; momentum and batch renormalization's schedule are scaled to it.
 
@@ -49,6 +51,11 @@ def norm_layer(name: str, *, axis: int = -1, steps: int | None = None) -> keras.
         "group": lambda: GroupNormalization(**common),
         "layer": lambda: layers.LayerNormalization(**common),
         "rms": lambda: layers.RMSNormalization(**common),
+        "frn": lambda: further.FilterResponseNormalization(**common, learn_epsilon=True),
+        "evonorm_b0": lambda: further.EvoNormB0(**moving),
+        "evonorm_s0": lambda: EvoNormS0(**common),
+        "dyt": lambda: further.DynamicTanh(axis),
+        "grn": lambda: further.GlobalResponseNormalization(**common),
     }
     return makers[name]()
 
@@ -63,7 +70,8 @@ class NormFactory:
 
     The layer takes channels on `axis` (-1, or 1) and any number of spatial axes; how many channels there are it sees
     for itself. With an activation, a name, a function or a layer, both come as one Sequential: act(norm(x)), or
-    norm(act(x)) in a variant that stands after the activation. `none` gives the identity. No random numbers are drawn,
+    norm(act(x)) in a variant that stands after the activation. Of `frn`, `evonorm_b0` and `evonorm_s0`, which stand for
+    both, the layer comes alone. `none` gives the identity. No random numbers are drawn,
     so that the rest of a model starts alike in every variant.
 
     Attributes:
@@ -80,6 +88,7 @@ class NormFactory:
     def __init__(self, norm: str, position: str, steps: int | None) -> None:
         if norm != "none":
             find(norm)
+        check_position(norm, position)
         self.name = norm if position == "before" else f"{norm}:{position}"
         self.position = position
         self._norm, self._steps = norm, steps
@@ -105,7 +114,7 @@ class NormFactory:
         if self._norm != "none":
             layer = norm_layer(self._norm, axis=axis, steps=self._steps)
             self._given.append(layer)
-        if act is None:
+        if act is None or (self._norm != "none" and CATALOG[self._norm].activates):
             return layer
         return keras.Sequential([layer, act] if self.position == "before" else [act, layer])
 
@@ -120,9 +129,11 @@ class NormFactory:
             raise NormValueError(message(must, got, hint))
 
 
-@keras.saving.register_keras_serializable(package="normkit", name="FreeGroupNormalization")
-class GroupNormalization(layers.GroupNormalization):
-    """Group norm that chooses its number of groups by the input, with `groups=None`."""
+class _FreeGroups(keras.layers.Layer):
+    """In front of a layer with groups: `groups=None` chooses their number by the input."""
+
+    axis: int
+    groups: int
 
     def __init__(self, groups: int | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(1 if groups is None else groups, *args, **kwargs)
@@ -134,6 +145,16 @@ class GroupNormalization(layers.GroupNormalization):
         if self._free and channels is not None:
             self.groups = usual_groups(channels, spatial=len(input_shape) > 2)
         super().build(input_shape)
+
+
+@keras.saving.register_keras_serializable(package="normkit", name="FreeGroupNormalization")
+class GroupNormalization(_FreeGroups, layers.GroupNormalization):
+    """Group norm that chooses its number of groups by the input, with `groups=None`."""
+
+
+@keras.saving.register_keras_serializable(package="normkit", name="FreeEvoNormS0")
+class EvoNormS0(_FreeGroups, further.EvoNormS0):
+    """EvoNorm-S0 that chooses its number of groups by the input, with `groups=None`."""
 
 
 def _activation(activation: Any) -> keras.layers.Layer:

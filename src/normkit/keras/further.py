@@ -1,4 +1,4 @@
-"""Normalizers that Keras has not and that come with an activation or do without statistics.
+"""Normalizers that Keras has not: with an activation, without statistics, of responses.
 
 As in :mod:`normkit.keras.layers`: computed in float32 or wider, `mask` and `sample_weight` where statistics are taken
 over samples or positions, no mathematics in a layer. All weights stay unrounded in mixed precision. None of them has a
@@ -30,7 +30,7 @@ from normkit.keras._layer import (
     widened,
 )
 
-__all__ = ["DynamicTanh", "EvoNormB0", "EvoNormS0", "FilterResponseNormalization"]
+__all__ = ["DynamicTanh", "EvoNormB0", "EvoNormS0", "FilterResponseNormalization", "GlobalResponseNormalization"]
 
 
 class _ByChannel(keras.layers.Layer):
@@ -373,3 +373,59 @@ class DynamicTanh(_ByChannel):
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this layer again."""
         return {**super().get_config(), "alpha": self._first_alpha}
+
+
+@register
+class GlobalResponseNormalization(_ByChannel):
+    """Global response normalization of ConvNeXt V2 (arXiv:2301.00808), behind the activation of its MLP.
+
+    y = gamma * (x * g / (mean(g) + epsilon)) + beta + x, with g = sqrt(sum(x^2)) over the positions of each channel of
+    each sample, and its mean over the channels: channels compete, and the input is added. A channel of zeros has the
+    response 0, with a slope of 0.
+
+    Shapes: input (batch, *positions) with C channels on `axis`, output the same; gamma and beta (C,). Training and
+    evaluation are the same and nothing is kept. First values: gamma and beta 0, so that it begins as the identity.
+    Masked positions are left out of the sum and 0 in the output.
+
+    Args:
+        axis: of the channels.
+        epsilon: added to the mean of the responses.
+        **kwargs: gamma_initializer, gamma_regularizer, gamma_constraint, and the same of beta; `name`, `dtype` and
+            `trainable` as in every layer.
+
+    Raises:
+        NormValueError: for an `axis` that the input has not.
+
+    >>> import numpy as np
+    >>> from normkit.keras import GlobalResponseNormalization
+    >>> x = np.array([[[3.0, 0.0], [4.0, 1.0]]], "float32")  # responses 5 and 1, their mean 3
+    >>> print(keras.ops.convert_to_numpy(GlobalResponseNormalization(gamma_initializer="ones")(x)).round(2)[0])
+    [[ 8.    0.  ]
+     [10.67  1.33]]
+    """
+
+    FIRST: ClassVar = {"gamma": "zeros", "beta": "zeros"}
+    gamma: Any
+    beta: Any
+
+    def __init__(self, axis: int = -1, epsilon: float = 1e-6, **kwargs: Any) -> None:
+        checked(self, epsilon=epsilon)
+        super().__init__(axis, **kwargs)
+        self.epsilon = epsilon
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Make the weights."""
+        sample_axis_apart(self, input_shape)
+        self.build_weights(input_shape, len(input_shape))
+
+    def call(self, inputs: Any, mask: Any = None, sample_weight: Any = None) -> Any:
+        """Normalize; see the class."""
+        x, real, weight, axis = weighted_input(self, inputs, mask, sample_weight)
+        p = plan(by_channel(catalog.GLOBAL_RESPONSE, len(x.shape), axis), len(x.shape))
+        gamma, beta = (cast_like(x, weight) for weight in (self.gamma, self.beta))
+        y = activated.global_response(ARRAYS, p, x, gamma, beta, eps=self.epsilon, channel=axis, weight=weight)
+        return ops.cast(hidden(y, real), self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make this layer again."""
+        return {**super().get_config(), "epsilon": self.epsilon}

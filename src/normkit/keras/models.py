@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
+from normkit.core.catalog import CATALOG
 from normkit.errors import NormValueError, message
 from normkit.keras.factory import norm_layer
 from normkit.keras.probe import named_layers
@@ -24,6 +25,8 @@ def build(
 ) -> keras.Sequential:
     """Build `cnn` or `mlp` with `norm` `before` or `after` every activation, and none after the classifier.
 
+    A norm that is an activation as well takes its place.
+
     `cnn` takes images (H, W, C) of at least 4 x 4, made for 8 x 8 to 28 x 28; `mlp` takes rows, and images as rows.
     `steps` is the length of the training, which momentum and batch renormalization's schedule are scaled to. Raises
     NormValueError.
@@ -37,6 +40,8 @@ def build(
         if norm == "none":
             return [layer, act]
         normalization = norm_layer(norm, steps=steps)
+        if CATALOG[norm].activates:
+            return [layer, normalization]
         return [layer, normalization, act] if position == "before" else [layer, act, normalization]
 
     stack: list[keras.layers.Layer] = []
@@ -53,8 +58,10 @@ def build(
         pool = [math.ceil(side / 2) for side in halved]
         stack.append(keras.layers.AveragePooling2D(pool, [side // 2 for side in halved], data_format=_LAST))
     else:
-        if norm == "instance":
-            raise NormValueError(message("instance_norm needs spatial axes to normalize over", "mlp", "use layer"))
+        if norm in ("instance", "evonorm_b0"):
+            raise NormValueError(
+                message(f"{CATALOG[norm].name} needs spatial axes to normalize over", "mlp", "use layer")
+            )
         stack += _flattened(len(shape))
         for width in _HIDDEN:
             stack += block(keras.layers.Dense(width))

@@ -39,7 +39,8 @@ def as_plain(model: Any) -> Any:
         NormValueError: where a prediction would not be the same: a layer called with a mask that Keras' own ignores, or
             with sample weights; batch normalization with a mask before a layer that knows no masks; a layer of ours
             that a custom layer holds and does not name in its config. Where there is a layer that Keras has not:
-            FilterResponseNormalization, EvoNormB0, EvoNormS0, DynamicTanh and the LSTM cells.
+            FilterResponseNormalization, EvoNormB0, EvoNormS0, DynamicTanh, GlobalResponseNormalization and the LSTM
+            cells.
         NormTypeError: for a subclassed model, whose layers cannot be told from its config.
 
     >>> from normkit.keras import GhostBatchNormalization, as_plain

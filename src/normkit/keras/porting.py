@@ -27,7 +27,7 @@ _KINDS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "layer": (keras.layers.LayerNormalization, ours.LayerNormalization, _COMMON),
     "rms": (keras.layers.RMSNormalization, ours.RMSNormalization, ("axis", "epsilon")),
 }
-ALONE = (further.DynamicTanh, further.EvoNormB0, further.EvoNormS0, further.FilterResponseNormalization)
+ALONE = tuple(getattr(further, name) for name in further.__all__)
 _KEPT = {"mean": "moving_mean", "var": "moving_variance"}
 _ROLES = (
     *_KEPT.items(),

@@ -333,6 +333,7 @@ def _normalized(network: Any, name: str, setup: Setup) -> Any:
     return normalized(
         network,
         name,
+        setup.norm,
         None if setup.norm == "none" else norm,
         like,
         position=setup.position,

@@ -10,5 +10,9 @@ except ModuleNotFoundError as error:
         raise
     raise MissingExtraError(message("normkit.nnx needs JAX and Flax", hint="pip install 'normkit[nnx]'")) from error
 
+from normkit.nnx.further import *  # noqa: F403
+from normkit.nnx.further import __all__ as _further
 from normkit.nnx.layers import *  # noqa: F403
-from normkit.nnx.layers import __all__ as __all__
+from normkit.nnx.layers import __all__ as _layers
+
+__all__ = [*_layers, *_further]

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import errors, nnx
 
 from normkit.core.algebra import usual_groups
-from normkit.core.catalog import find
+from normkit.core.catalog import CATALOG, check_position, find
 from normkit.core.constraints import Integer, check
 from normkit.core.schedule import RenormSchedule, momentum_for
 from normkit.errors import NormTypeError, NormValueError, message
-from normkit.nnx import layers
+from normkit.nnx import further, layers
 
 __all__ = ["Block", "Identity", "NormFactory", "norm_factory", "norm_layer"]
 
@@ -28,7 +28,9 @@ def norm_layer(name: str, num_features: int, *, axis: int = -1, steps: int | Non
     Epsilon is the catalog's, so that frameworks can be compared; Flax' own are partly others.
 
     Args:
-        name: short name in the catalog: batch, ghost, renorm, instance, group, layer, rms.
+        name: short name in the catalog: batch, ghost, renorm, instance, group, layer, rms, frn, evonorm_b0, evonorm_s0,
+            dyt, grn. `frn` learns its epsilon, as in the paper where there is a single position, so that it takes
+            tables.
         num_features: channels C.
         axis: where the channels are: -1 or 1.
         steps: length of the training; scales momentum and batch renormalization's schedule to it.
@@ -55,6 +57,11 @@ def norm_layer(name: str, num_features: int, *, axis: int = -1, steps: int | Non
         "group": lambda: GroupNorm(num_features, axis=axis, **common),
         "layer": lambda: layers.LayerNorm(num_features, **rows),
         "rms": lambda: layers.RMSNorm(num_features, **rows),
+        "frn": lambda: further.FilterResponseNorm(num_features, axis=axis, learn_epsilon=True, **common),
+        "evonorm_b0": lambda: further.EvoNormB0(num_features, **batch),
+        "evonorm_s0": lambda: EvoNormS0(num_features, axis=axis, **common),
+        "dyt": lambda: further.DynamicTanh(num_features, axis=axis),
+        "grn": lambda: further.GlobalResponseNorm(num_features, axis=axis, **common),
     }
     return makers[name]()
 
@@ -69,7 +76,8 @@ class NormFactory:
 
     The layer takes channels on `axis` (-1 as everywhere in Flax, or 1) and any number of spatial axes. With an
     activation, a module or a function, both come as one module: act(norm(x)), or norm(act(x)) in a variant that stands
-    after the activation. `none` gives the identity. No random numbers are drawn, so that the rest of a model starts
+    after the activation. Of `frn`, `evonorm_b0` and `evonorm_s0`, which stand for both, the layer comes alone. `none`
+    gives the identity. No random numbers are drawn, so that the rest of a model starts
     alike in every variant.
 
     Attributes:
@@ -88,6 +96,7 @@ class NormFactory:
     def __init__(self, norm: str, position: str, steps: int | None) -> None:
         if norm != "none":
             find(norm)
+        check_position(norm, position)
         self.name = norm if position == "before" else f"{norm}:{position}"
         self.position = position
         self._norm, self._steps = norm, steps
@@ -114,7 +123,9 @@ class NormFactory:
         if self._norm != "none":
             layer = norm_layer(self._norm, num_features, axis=axis, steps=self._steps)
             self._given.append(layer)
-        return layer if activation is None else Block(layer, activation, self.position)
+        if activation is None or (self._norm != "none" and CATALOG[self._norm].activates):
+            return layer
+        return Block(layer, activation, self.position)
 
     def check_used(self, model: nnx.Module, name: str) -> None:
         """Raise NormValueError unless every layer that was given, and at least one, is part of `model`."""
@@ -191,6 +202,20 @@ class GroupNorm(layers.GroupNorm):
         if groups != self.num_groups:
             self.num_groups, self.group_size = groups, features // groups
         return jnp.moveaxis(super().__call__(jnp.moveaxis(x, self.axis, -1), **options), -1, self.axis)
+
+
+class EvoNormS0(further.EvoNormS0):
+    """EvoNorm-S0 for any number of spatial axes; whether there are any decides how many groups."""
+
+    def __init__(self, num_features: int, **arguments: Any) -> None:
+        super().__init__(num_features, usual_groups(num_features, spatial=True), **arguments)
+
+    def __call__(self, x: Any, **options: Any) -> Any:
+        """Normalize."""
+        groups = usual_groups(self.num_features, spatial=x.ndim > 2)
+        if groups != self.groups:
+            self.groups = groups
+        return super().__call__(x, **options)
 
 
 def _made_in_transform(layer: Any) -> bool:

@@ -37,7 +37,8 @@ from jax import lax
 from normkit.core import catalog, formula
 from normkit.core.algebra import groups_for, rate_of
 from normkit.core.axes import Sizes
-from normkit.core.constraints import Constraint, Flag, Integer, Optional, check
+from normkit.core.constraints import Constraint, Flag, Integer, Optional, Real, check
+from normkit.core.plan import NormPlan
 from normkit.core.schedule import RenormSchedule
 from normkit.core.spec import ARGUMENTS, NormSpec
 from normkit.errors import NormRuntimeError, NormTypeError, NormValueError, message
@@ -48,7 +49,9 @@ __all__ = ["BatchNorm", "BatchRenorm", "GhostBatchNorm", "GroupNorm", "InstanceN
 _CONSTRAINTS: Mapping[str, Constraint] = {
     **{name: ARGUMENTS[name] for name in ("num_features", "momentum", "virtual_batch_size", "bessel", "nonfinite")},
     "epsilon": ARGUMENTS["eps"],
-    **dict.fromkeys(("debiased", "use_bias", "use_scale"), Flag()),
+    **dict.fromkeys(("debiased", "use_bias", "use_scale", "learn_epsilon"), Flag()),
+    "alpha_init_value": Real(),
+    "groups": Integer(1),
     "use_running_average": Optional(Flag()),
     "num_groups": Optional(Integer(1)),
     "group_size": Optional(Integer(1)),
@@ -129,8 +132,8 @@ class _Tracking:
         x, scale, bias, result = _execute.promoted(self, x, *kept.values())
         kept = {name: value.astype(x.dtype) for name, value in kept.items()}
         if evaluating:
-            x, real, _ = _execute.prepare(owner, x, features, mask, short=True)
-            return _execute.finish(formula.evaluate(jnp, spec, p, x, kept, scale, bias, eps=self.epsilon), real, result)
+            x, real, weight = _execute.prepare(owner, x, features, mask, short=True)
+            return _execute.finish(self._evaluated(spec, p, x, kept, scale, bias, weight), real, result)
         # A ghost batch is one device's own; what it kept is shared.
         shared = _execute.lanes(owner, self.axis_name, self.axis_index_groups)
         across = (self.axis_name, self.axis_index_groups)
@@ -138,20 +141,31 @@ class _Tracking:
         correct = None
         if spec.renorm:
             correct = formula.renorm(jnp, kept, *self.schedule.at(jnp, self.count[...]), stop=lax.stop_gradient)
-        y, moments = formula.normalize(
-            jnp if ghost else shared, spec, p, x, scale, bias, eps=self.epsilon, weight=weight, correct=correct
-        )
+        y, moments = self._trained(jnp if ghost else shared, spec, p, x, scale, bias, weight, correct)
         batch, known = formula.merged(shared if ghost else jnp, spec, p, moments, eps=self.epsilon)
         if known is not False:  # an empty batch is none
             self._keep(spec, kept, batch, known)
         return _execute.finish(y, real, result)
+
+    def _evaluated(
+        self, spec: NormSpec, p: NormPlan, x: Any, kept: Mapping[str, Any], scale: Any, bias: Any, weight: Any
+    ) -> Any:
+        """The output by the kept statistics; `weight` is for formulas that look at the input as well."""
+        del weight
+        return formula.evaluate(jnp, spec, p, x, kept, scale, bias, eps=self.epsilon)
+
+    def _trained(
+        self, xp: Any, spec: NormSpec, p: NormPlan, x: Any, scale: Any, bias: Any, weight: Any, correct: Any
+    ) -> tuple[Any, list[formula.Moments]]:
+        """The output by the statistics of the batch, and these."""
+        return formula.normalize(xp, spec, p, x, scale, bias, eps=self.epsilon, weight=weight, correct=correct)
 
     def _keep(self, spec: NormSpec, kept: Mapping[str, Any], batch: Mapping[str, Any], known: Any) -> None:
         """Let the statistics of a batch enter the kept ones."""
         if self.nonfinite == "skip":
             known = known & jnp.stack([jnp.isfinite(value).all() for value in batch.values()]).all()
         new = formula.updated(jnp, spec, kept, batch, known, self._rate())
-        if _differs(kept["mean"], new["mean"]):
+        if any(_differs(kept[name], value) for name, value in new.items()):
             must = f"{type(self).__name__}: running statistics must have one value for all lanes of a vmap"
             hint = "give layer and vmap the same axis_name, or every lane a state of its own (nnx.StateAxes({...: 0}))"
             raise NormRuntimeError(message(must, "one for every lane", hint))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from normkit.core.catalog import CATALOG
 from normkit.errors import NormValueError, message
 from normkit.nnx.factory import Function, norm_layer
 
@@ -26,6 +27,8 @@ def build(
 ) -> nnx.Sequential:
     """Build `cnn` or `mlp` with `norm` `before` or `after` every activation, and none after the classifier.
 
+    A norm that is an activation as well takes its place.
+
     `shape` is that of a sample with its channels first, (C, H, W); the network takes them last, (N, H, W, C). `cnn`
     takes images of at least 4 x 4, made for 8 x 8 to 28 x 28; `mlp` takes rows, and images as rows. `steps` is the
     length of the training. Raises NormValueError.
@@ -34,6 +37,8 @@ def build(
     def block(layer: nnx.Module, features: int) -> list[Callable[..., Any]]:
         if norm == "none":
             return [layer, Function(jax.nn.relu)]
+        if CATALOG[norm].activates:
+            return [layer, norm_layer(norm, features, steps=steps)]
         both = [norm_layer(norm, features, steps=steps), Function(jax.nn.relu)]
         return [layer, *(both if position == "before" else both[::-1])]
 

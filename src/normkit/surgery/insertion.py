@@ -139,8 +139,9 @@ def insert(
 
     Args:
         model: a torch.nn.Module, or a Sequential or Functional model of Keras, nested ones included.
-        norm: short name in the catalog; or a function from the number of channels to a layer. Where there are more axes
-            than two it is also given `axis=-1` in PyTorch if they are last, in Keras `axis=1` if they are not.
+        norm: short name in the catalog, but for frn, evonorm_b0 and evonorm_s0, which would have to take the place of
+            the activation; or a function from the number of channels to a layer. Where there are more axes than two it
+            is also given `axis=-1` in PyTorch if they are last, in Keras `axis=1` if they are not.
         example: inputs that the model takes: a tensor or array (N, ...); a dictionary of them, taken by name; a tuple
             or list of them.
         after: the maps, a list of classes, paths and functions of (path, layer); a path names a layer whatever follows.
@@ -187,8 +188,10 @@ def insert(
     if not isinstance(norm, str) and (isinstance(norm, type) or is_layer(norm) or not callable(norm)):
         must = "`norm` must be a short name, or a function from the number of channels to a layer"
         raise NormTypeError(message(must, repr(norm), "lambda channels: MyNorm(channels)"))
-    if isinstance(norm, str):
-        find(norm)
+    if isinstance(norm, str) and find(norm).activates:
+        must = f"insert puts a norm in front of an activation, whose place {norm} would have to take"
+        hint = "write the model with its layer where norm and activation stand"
+        raise NormValueError(message(must, repr(norm), hint))
     if data is not None and init != "identity":
         must = "`data` must be left out unless statistics are taken"
         raise NormValueError(message(must, f"data, and init={init!r}", 'init="identity"'))

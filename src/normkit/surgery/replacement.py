@@ -89,7 +89,8 @@ def replace(
         model: a torch.nn.Module, a Sequential or Functional model of Keras, or an nnx.Module.
         norms: what becomes what. Keys: a short name of the catalog or `frozen`, the class of a layer, the path of a
             layer, a function of (path, layer); a path counts before a class or function, these before a short name.
-            Values: a short name, or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer,
+            Values: a short name, other than those with a formula of their own (frn, evonorm_b0, evonorm_s0, dyt, grn),
+            or a function from the layer's :class:`normkit.core.record.NormRecord` to a new layer,
             whose own values then count.
         accelerated: in place of `norms`: the own classes of torch.nn, Keras or Flax, and RMS and layer norms of PyTorch
             that a probe recognizes, become ours, with the same numbers and parameters. Other subclasses stay.
@@ -125,8 +126,9 @@ def replace(
         raise NormTypeError(message("`norms` must be a mapping", repr(norms), '{"batch": "group"}'))
     for new in (norms or {}).values():
         if isinstance(new, str):
-            if new != _FROZEN:
-                find(new)
+            if new != _FROZEN and find(new).formula != "standard":
+                must = f"{new}, which has a formula of its own, must be made by a function"
+                raise NormValueError(message(must, repr(new), "lambda record: normkit.torch.DynamicTanh(record.shape)"))
         elif isinstance(new, type) or is_layer(new) or not callable(new):
             must = "values of `norms` must be short names, or functions from a record to a layer"
             raise NormTypeError(message(must, repr(new)))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
+from normkit.core.catalog import CATALOG, STANDARD
 from normkit.core.record import NormRecord
 from normkit.errors import NormValueError, message
 from normkit.frameworks import framework_of
@@ -20,6 +21,7 @@ __all__ = ["normalized"]
 def normalized(
     network: Any,
     name: str,
+    kind: str,
     norm: Callable[..., Any] | None,
     like: Callable[[NormRecord, int | None], Any],
     *,
@@ -32,6 +34,7 @@ def normalized(
     Args:
         network: that a function of the user's returned, of PyTorch or Keras.
         name: of the function.
+        kind: short name of the norm of the variant, or `none`.
         norm: a function from the number of channels to the norm of the variant; None for no norm.
         like: gives that norm, built, for what another one stood for: by its record and the number of axes of what it
             takes, None where that is not known.
@@ -40,9 +43,14 @@ def normalized(
         inplace: whether the network itself may be changed.
 
     Raises:
-        NormValueError: where a norm of the network cannot be replaced, or has to stand behind an activation.
+        NormValueError: where this norm has a formula of its own and would have to take the place of a norm or of an
+            activation; where a norm of the network cannot be replaced, or has to stand behind an activation.
     """
     subject = opened("replacement", network, None, frameworks=("torch", "keras"))
+    special = kind not in ("none", *STANDARD)
+    if special and (subject.sites or CATALOG[kind].activates):
+        must = f"{kind} must be given its place by {name}: it does not stand where other norms do"
+        raise NormValueError(message(must, type(network).__name__, f"def {name}(norm): ... norm(64, activation) ..."))
     if not subject.sites:
         if norm is None:
             return network

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from normkit.core.algebra import usual_groups
-from normkit.core.catalog import find
+from normkit.core.catalog import CATALOG, check_position, find
 from normkit.core.constraints import Integer, check
 from normkit.core.schedule import RenormSchedule
 from normkit.errors import NormTypeError, NormValueError, message
-from normkit.torch import layers
+from normkit.torch import further, layers
 
 __all__ = ["ANYWHERE", "Anywhere", "NormFactory", "norm_factory", "norm_layer"]
 
@@ -28,7 +28,8 @@ def norm_layer(
     """Return a layer of that normalizer for inputs (N, C, *S), or (N, *S, C) with `axis=-1`.
 
     Args:
-        name: short name in the catalog: batch, ghost, renorm, instance, group, layer, rms.
+        name: short name in the catalog: batch, ghost, renorm, instance, group, layer, rms, frn, evonorm_b0, evonorm_s0,
+            dyt, grn. `frn` learns its eps, as in the paper where there is a single position, so that it takes tables.
         num_features: channels C.
         spatial: number of axes in S: 0 for a table, 2 for an image; None for a layer that takes 0 to 3.
         axis: where the channels are: 1, or -1 as in a transformer, which needs `spatial=None`.
@@ -45,7 +46,7 @@ def norm_layer(
     if axis not in ((1, -1) if spatial is None else (1,)):
         allowed = "1 or -1" if spatial is None else "1 where `spatial` is given"
         raise NormValueError(message(f"`axis` must be {allowed}", repr(axis)))
-    if name == "instance" and spatial == 0:
+    if name in ("instance", "evonorm_b0") and spatial == 0:
         raise _no_positions(spec.name, "a table (N, C)")
     last = spatial == 0 or axis == -1
 
@@ -67,6 +68,17 @@ def norm_layer(
         ),
         "layer": lambda: (layers.LayerNorm if last else layers.LayerNorm2d)(num_features),
         "rms": lambda: (layers.RMSNorm if last else layers.RMSNorm2d)(num_features),
+        "frn": lambda: (FilterResponseNorm if spatial is None else further.FilterResponseNorm)(
+            num_features, learn_eps=True
+        ),
+        "evonorm_b0": lambda: (EvoNormB0 if spatial is None else further.EvoNormB0)(num_features),
+        "evonorm_s0": lambda: (
+            EvoNormS0(num_features)
+            if spatial is None
+            else further.EvoNormS0(num_features, usual_groups(num_features, spatial=spatial > 0))
+        ),
+        "dyt": lambda: further.DynamicTanh(num_features, channels_last=last),
+        "grn": lambda: further.GlobalResponseNorm(num_features, channels_last=last),
     }
     layer = makers[name]()
     if isinstance(layer, Anywhere):
@@ -84,7 +96,8 @@ class NormFactory:
 
     The layer takes channels on `axis` (1, or -1 as in a transformer) and any number of spatial axes. With an
     activation, a layer or a function, both come as one module: act(norm(x)), or norm(act(x)) in a variant that stands
-    after the activation. `none` gives the identity. No random numbers are drawn, so that the rest of a model starts
+    after the activation. Of `frn`, `evonorm_b0` and `evonorm_s0`, which stand for both, the layer comes alone. `none`
+    gives the identity. No random numbers are drawn, so that the rest of a model starts
     alike in every variant.
 
     Attributes:
@@ -103,6 +116,7 @@ class NormFactory:
     def __init__(self, norm: str, position: str, steps: int | None) -> None:
         if norm != "none":
             find(norm)
+        check_position(norm, position)
         self.name = norm if position == "before" else f"{norm}:{position}"
         self.position = position
         self._norm, self._steps = norm, steps
@@ -131,7 +145,7 @@ class NormFactory:
             # A mark and not the layer itself: nn.TransformerEncoder and others put copies of it into the model.
             layer.__dict__["_given"] = self._number, self._count
             self._count += 1
-        if activation is None:
+        if activation is None or (self._norm != "none" and CATALOG[self._norm].activates):
             return layer
         act = activation if isinstance(activation, nn.Module) else _Function(activation)
         both = [("norm", layer), ("activation", act)]
@@ -223,6 +237,27 @@ class GroupNorm(Anywhere, layers.GroupNorm):
 
     def _channels(self) -> int:
         return self.num_channels
+
+
+class FilterResponseNorm(Anywhere, further.FilterResponseNorm):
+    """Filter response norm for any number of spatial axes."""
+
+
+class EvoNormB0(Anywhere, further.EvoNormB0):
+    """EvoNorm-B0 for 1 to 3 spatial axes."""
+
+
+class EvoNormS0(Anywhere, further.EvoNormS0):
+    """EvoNorm-S0 for any number of spatial axes; whether there are any decides the number of groups."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, usual_groups(num_features, spatial=True))
+
+    def _run(self, input: Tensor, **options: Any) -> Tensor:
+        groups = usual_groups(self.num_features, spatial=input.dim() > 2)
+        if groups != self.groups:
+            self.groups = groups
+        return super()._run(input, **options)
 
 
 def _no_positions(name: str, got: str) -> NormValueError:

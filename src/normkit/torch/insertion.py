@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from normkit.core.algebra import Pooled, merge
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.surgery import batches
 from normkit.surgery.conversion import write
+from normkit.surgery.graph import Graph
 from normkit.surgery.insertion import (
     Place,
     as_identity,
@@ -24,7 +26,7 @@ from normkit.surgery.insertion import (
     without_bias,
 )
 from normkit.surgery.plan import Edit
-from normkit.torch import porting
+from normkit.torch import further, porting
 from normkit.torch.factory import norm_layer
 from normkit.torch.graph import capture, computes_as_named
 from normkit.torch.probe import as_tensors, forward, untouched
@@ -45,6 +47,8 @@ from normkit.torch.surgery import (
 __all__ = ["opened", "take_out"]
 
 _CHILD = "norm"
+# Norms that no record has.
+_ALONE = tuple(getattr(further, name) for name in further.__all__)
 # Of the largest output, in float32 and wider: gamma and beta are rounded once, which depth amplifies. In narrower types
 # as many spacings.
 _UNCHANGED = 1e-5
@@ -108,8 +112,11 @@ class _Opened(Subject):
         self._made: dict[Place, nn.Module] = {}
         self._freed: set[Place] = set()  # where the bias goes
         self.sites = tuple(sites(model))
-        norms = {id(model.get_submodule(site.path)) for site in self.sites}
-        self.graph = capture(model, as_tensors(example, model), lambda module: id(module) in norms).graph
+        alone = {path for path, module in model.named_modules() if isinstance(module, _ALONE)}
+        norms = {id(model.get_submodule(path)) for path in (*alone, *(site.path for site in self.sites))}
+        graph = capture(model, as_tensors(example, model), lambda module: id(module) in norms).graph
+        nodes = (dataclasses.replace(n, op="normalize") if n.path in alone else n for n in graph.nodes)
+        self.graph = Graph(graph.how, tuple(nodes))
 
     def layers(self) -> dict[str, nn.Module]:
         return dict(self._model.named_modules())

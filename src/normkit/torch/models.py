@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from normkit.core.catalog import CATALOG
 from normkit.errors import NormValueError, message
 from normkit.torch.factory import norm_layer
 
@@ -23,6 +24,8 @@ def build(
 ) -> nn.Sequential:
     """Build `cnn` or `mlp` with `norm` `before` or `after` every activation, and none after the classifier.
 
+    A norm that is an activation as well takes its place.
+
     `cnn` takes images (C, H, W) of at least 4 x 4, made for 8 x 8 to 28 x 28; `mlp` takes rows, and images as rows.
     `steps` is the length of the training, which batch renormalization takes its schedule from. Raises NormValueError.
     """
@@ -31,6 +34,8 @@ def build(
         if norm == "none":
             return [layer, nn.ReLU()]
         normalization = norm_layer(norm, features, spatial, steps=steps)
+        if CATALOG[norm].activates:
+            return [layer, normalization]
         return [layer, normalization, nn.ReLU()] if position == "before" else [layer, nn.ReLU(), normalization]
 
     layers: list[nn.Module] = []

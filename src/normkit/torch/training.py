@@ -199,6 +199,7 @@ def _built(function: Callable[..., Any], setup: Setup) -> nn.Module:
     return normalized(
         network,
         name,
+        setup.norm,
         None if setup.norm == "none" else norm,
         lambda record, _: norm(record.shape[0], axis=record.axis),
         position=setup.position,

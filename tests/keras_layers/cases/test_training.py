@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from normkit.core.catalog import CATALOG
+from normkit.core.catalog import CATALOG, STANDARD
 from normkit.errors import NormError, NormTypeError, NormValueError
 from normkit.experiments import protocol
 from normkit.experiments import trial as trials
@@ -25,7 +25,10 @@ TABLE = RNG.normal(size=(12, 5)).astype(np.float32)
 IMAGES = RNG.normal(size=(12, 2, 9, 8)).astype(np.float32)
 LABELS = RNG.integers(0, 3, 12)
 NUMBERS = RNG.normal(size=12).astype(np.float32)
-VARIANTS = [("none", "before"), *((name, position) for name in CATALOG for position in ("before", "after"))]
+VARIANTS = [
+    ("none", "before"),
+    *((name, position) for name in CATALOG for position in ("before", "after")[: 1 if CATALOG[name].activates else 2]),
+]
 
 
 def setup(model="mlp", **changes):
@@ -387,7 +390,8 @@ def with_norms():
 
 
 EVERYWHERE = [("none", "before"), ("batch", "before"), ("batch", "after")]
-ONCE = VARIANTS if keras.config.backend() == "torch" else EVERYWHERE
+RECORDED = [(name, position) for name, position in VARIANTS if name in ("none", *STANDARD)]
+ONCE = RECORDED if keras.config.backend() == "torch" else EVERYWHERE
 
 
 @pytest.mark.parametrize(("norm", "position"), ONCE)
@@ -408,6 +412,14 @@ def test_a_function_without_norm_gets_that_of_the_variant(build, norm, position)
     if (norm, position) == ("batch", "before") and build is bare:
         assert made.step(TABLE, LABELS) > 0
         assert not np.array_equal(made.weights()["layer 0"], plain["layer 0"])
+
+
+def test_norms_with_a_formula_of_their_own_are_inserted_only_where_an_activation_may_stay():
+    made = trainer(bare, norm="dyt", example=lambda: TABLE)
+    assert "DynamicTanh" in [type(layer).__name__ for layer in made.network.layers]
+    for build, norm in ((bare, "frn"), (with_norms, "dyt")):
+        with pytest.raises(NormValueError, match=rf"{norm} must be given its place by {build.__name__}"):
+            trainer(build, norm=norm, example=lambda: TABLE)
 
 
 def test_images_with_their_channels_first_are_turned_for_a_function_without_norm():
