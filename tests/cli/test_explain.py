@@ -10,7 +10,6 @@ import normkit
 from normkit.cli import main
 from normkit.core.catalog import CATALOG
 
-
 MINE = """
 import numpy as np
 

@@ -213,6 +213,7 @@ def test_large_batches_are_cut_to_what_can_be_read():
         ((3,), {}, "a model must be a torch.nn.Module"),
         ((nn.Linear(2, 2), [[1, 2]]), {}, "`layer` must be a norm layer, or a name of the catalog; got Linear"),
         ((nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), [[1, 2]]), {}, "the norms of this model are 1"),
+        ((nk.FilterResponseNorm(2), IMAGES.x), {}, "hint: show(\"frn\", x)"),
         ((nn.BatchNorm1d(2),), {}, "`x` must be a batch for the layer"),
         ((nk.FrozenBatchNorm2d(2), IMAGES.x), {}, "must take statistics of its input in training"),
         ((nn.BatchNorm1d(3), CAMPAIGNS.x), {}, "axis 1 of the input must have length 3"),

@@ -136,6 +136,7 @@ _ENTRIES = {
         ),
         ("FilterResponseNorm",),
         ("FilterResponseNormalization",),
+        ("FilterResponseNorm",),
     ),
     "evonorm_b0": Entry(
         "norm and activation in one, with the variances of batch and instance",
@@ -146,11 +147,13 @@ _ENTRIES = {
         ),
         ("EvoNormB0",),
         ("EvoNormB0",),
+        ("EvoNormB0",),
     ),
     "evonorm_s0": Entry(
         "norm and activation in one, with the variance of groups of channels",
         (_FURTHER, "EvoNormS0"),
         (_AS_ACTIVATION, "The groups must divide the channels."),
+        ("EvoNormS0",),
         ("EvoNormS0",),
         ("EvoNormS0",),
     ),
@@ -163,6 +166,7 @@ _ENTRIES = {
         ),
         ("DynamicTanh",),
         ("DynamicTanh",),
+        ("DynamicTanh",),
     ),
     "grn": Entry(
         "channels scaled by their size among the others, behind an activation",
@@ -171,6 +175,8 @@ _ENTRIES = {
             "A new layer passes its input on: gamma and beta begin at 0.",
             "It stands behind the activation, within a block, and does not take a normalizer's place.",
         ),
+        ("GlobalResponseNorm",),
+        ("GlobalResponseNormalization",),
         ("GlobalResponseNorm",),
     ),
 }

@@ -11,7 +11,7 @@ import numpy as np
 
 from normkit.core.algebra import remaining
 from normkit.core.axes import Sizes
-from normkit.core.catalog import INSTANCE_TRACKED, LAYER_2D, RMS_2D, find
+from normkit.core.catalog import CATALOG, INSTANCE_TRACKED, LAYER_2D, RMS_2D, find
 from normkit.core.constraints import Integer, Optional, check
 from normkit.core.record import NormRecord
 from normkit.core.schedule import RenormSchedule
@@ -19,6 +19,7 @@ from normkit.core.spec import NormSpec
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.frameworks import framework_of, part
 from normkit.surgery.protocol import porting
+from normkit.teaching.entries import ENTRIES
 
 __all__ = ["RATE", "Subject", "by_layer", "by_name"]
 
@@ -118,8 +119,12 @@ def by_layer(layer: Any) -> Subject:
     Raises NormTypeError for what is no layer, NormValueError for a layer that is no norm we know, a model, frozen
     batch norm, or a layer that is not built.
     """
+    kind, framework = type(layer).__name__, framework_of(layer)
+    for name, entry in ENTRIES.items():
+        if CATALOG[name].formula != "standard" and kind in getattr(entry, framework):
+            must = "`layer` must have no parameters besides gamma and beta to be read"
+            raise NormValueError(message(must, kind, f'show("{name}", x) is a new one of it'))
     record = _record(layer)
-    kind = type(layer).__name__
     if record is None:
         raise NormValueError(message("`layer` must be a norm layer, or a name of the catalog", kind, _inside(layer)))
     if record.frozen:
