@@ -20,7 +20,7 @@ _CELL, _GAP = 22, 8  # pixels: the height of a cell, which is the width of a pix
 _COLUMN = 54  # the width of a cell that has a name above it
 _LABEL, _LINE = 84, 20  # the names of the rows; a line of text
 _SHOWN = 8  # rows, blocks and cells across a block, at most
-_LETTER = 6  # pixels of a small letter
+_LETTER, _BOLD = 6, 8  # pixels of a small letter, and of a bold one
 _VARIANTS = [name for name in LIGHT if name.startswith("v")]
 
 
@@ -32,7 +32,8 @@ def element(walk: Walk) -> str:
 
 def picture(walks: Sequence[tuple[str, Walk]]) -> str:
     """The grids of several normalizers, two in a row, each under its title, as a file."""
-    sizes = [_grid(walk, 0, 0)[1:] for _, walk in walks]
+    grids = [_grid(walk, 0, 0) for _, walk in walks]
+    sizes = [(max(width, len(title) * _BOLD), tall) for (title, _), (_, width, tall) in zip(walks, grids, strict=True)]
     second = max(width for width, _ in sizes[::2]) + 4 * _GAP  # where the second column begins
     bodies, y = [], 0
     for start in range(0, len(walks), 2):

@@ -14,7 +14,7 @@ from normkit.frameworks import FRAMEWORKS
 from normkit.tables import Result, Table
 from normkit.teaching.entries import ENTRIES, Entry
 from normkit.teaching.examples import HOUSEHOLDS, IMAGES
-from normkit.teaching.forms import formula_of
+from normkit.teaching.forms import formula_of, title_of
 from normkit.teaching.stories import Story, story
 from normkit.teaching.subjects import by_name
 from normkit.teaching.walk import Walk, walk
@@ -100,7 +100,7 @@ class Listing(Result):
         """Plain values for JSON."""
         return {
             name: {
-                "title": _title(spec),
+                "title": title_of(spec),
                 "line": entry.line,
                 "paper": spec.paper,
                 **{framework: list(getattr(entry, framework)) for framework in _NAMES},
@@ -121,7 +121,7 @@ def explanation(name: str) -> Explanation:
     """The entry of the catalog with this short name, explained. Raises NormValueError for an unknown name."""
     spec, entry = find(name), ENTRIES[name]
     return Explanation(
-        name, _title(spec), entry, formula_of(spec), _axes(name, spec), story(*entry.source), paper(spec)
+        name, title_of(spec), entry, formula_of(spec), _axes(name, spec), story(*entry.source), paper(spec)
     )
 
 
@@ -161,10 +161,6 @@ def _axes(name: str, spec: NormSpec) -> str:
     if spec.axes[0] != ("*n",):
         return str(sections(picture(name))[0].table)
     return str(sections(walk(by_name(name, HOUSEHOLDS.x.shape), HOUSEHOLDS.x))[0].table)
-
-
-def _title(spec: NormSpec) -> str:
-    return spec.name.replace("_", " ")
 
 
 def _joined(names: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from normkit.core.spec import NormSpec
 
-__all__ = ["FORMS", "Form", "formula_of"]
+__all__ = ["FORMS", "Form", "formula_of", "title_of"]
 
 _MORE = "There are none: this does more to x than scale and shift it."
 
@@ -50,6 +50,15 @@ FORMS: Mapping[str, Form] = {
         "g = sqrt(m * mean square); its mean is taken over the channels of a sample, which so compete.",
     ),
 }
+
+
+# Parts of names that are not written as words.
+_WRITTEN = {"rms": "RMS", "evonorm": "EvoNorm", "b0": "B0", "s0": "S0"}
+
+
+def title_of(spec: NormSpec) -> str:
+    """The name of a normalizer in a sentence: `batch norm`, `RMS norm`."""
+    return " ".join(_WRITTEN.get(part, part) for part in spec.name.split("_"))
 
 
 def formula_of(spec: NormSpec) -> str:

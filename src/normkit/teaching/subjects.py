@@ -20,6 +20,7 @@ from normkit.errors import NormTypeError, NormValueError, message
 from normkit.frameworks import framework_of, part
 from normkit.surgery.protocol import porting
 from normkit.teaching.entries import ENTRIES
+from normkit.teaching.forms import title_of
 
 __all__ = ["RATE", "Subject", "by_layer", "by_name"]
 
@@ -103,7 +104,7 @@ def by_name(
         gamma = 1.0  # a new layer of it passes x on, which shows nothing
     return Subject(
         name,
-        spec.name.replace("_", " "),
+        title_of(spec),
         spec,
         spec.eps,
         sizes,
