@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from normkit.core import algebra, catalog, formula
+from normkit.core import activated, algebra, catalog, formula
 from normkit.core.plan import plan
 from normkit.core.reference import reference
 
@@ -37,7 +37,8 @@ BATCH = partial(norm, catalog.BATCH)
 LAYER = partial(norm, catalog.LAYER, sizes=rows(7))
 RMS = partial(norm, catalog.RMS, sizes=rows(7))
 
-# Ba, Kiros and Hinton 2016, table 1: norms of a linear map, under changes of weights (7 units, 5 inputs) and data.
+# Ba, Kiros and Hinton 2016, table 1: norms of a linear map, under changes of weights (6 units, 5 inputs) and data.
+# Every normalizer of the catalog, on 12 cases with 4 positions each, so that those over positions have some.
 CHANGES = {
     "weights rescaled": lambda w, x: (3.0 * w, x),
     "weights re-centred": lambda w, x: (w + np.arange(1.0, 6.0), x),
@@ -46,18 +47,57 @@ CHANGES = {
     "data re-centred": lambda w, x: (w, x + np.arange(1.0, 6.0)),
     "one case rescaled": lambda w, x: (w, np.concatenate([2.5 * x[:1], x[1:]])),
 }
-INVARIANT = {"batch": "ynyyyn", "layer": "yynyny", "rms": "ynnyny"}
-NORMS = {"batch": BATCH, "layer": LAYER, "rms": RMS}
+INVARIANT = {
+    "batch": "ynyyyn",
+    "ghost": "ynyyyn",
+    "renorm": "ynyyyn",  # with closed clips, as it begins; with open ones it divides by what it has kept
+    "instance": "ynyyyy",  # a case is a case of statistics of its own
+    "group": "ynnyny",  # one unit is not a whole group, and re-centred data move units apart
+    "layer": "yynyny",
+    "rms": "ynnyny",
+    "frn": "ynyyny",
+    "evonorm_b0": "ynyynn",  # numerator and both deviations have the scale; nothing is centred
+    "evonorm_s0": "nnnnnn",  # the sigmoid sees the input itself
+    "dyt": "nnnnnn",  # no statistics
+    "grn": "nnnnnn",  # the input is added
+}
+SIZES = {"ghost": (("n", 4),), "group": (("g", 3),), "evonorm_s0": (("g", 3),)}
+GAMMA, BETA = np.linspace(0.5, 1.5, 6), np.linspace(-0.2, 0.3, 6)
 
 
-@pytest.mark.parametrize("name", NORMS)
+def of_the_catalog(name, x):
+    """Any normalizer on x of shape (cases, units, positions), with gamma, beta and further parameters at work."""
+    spec = catalog.CATALOG[name]
+    if spec.x == "*n *c":  # over the units of each position
+        return of_rows(spec, np.moveaxis(x, 1, -1))
+    p = plan(spec, 3, SIZES.get(name, ()))
+    if spec.formula == "evonorm_b0":
+        instance = plan(catalog.INSTANCE, 3)
+        return activated.evonorm_b0(np, spec, p, instance, x, 0.7 * GAMMA, GAMMA, BETA, eps=0.0)[0]
+    if spec.formula == "evonorm_s0":
+        groups = GAMMA.reshape(3, 2), BETA.reshape(3, 2)
+        return activated.evonorm_s0(np, spec, p, x, 0.7 * GAMMA, *groups, eps=0.0)
+    if spec.formula == "global_response":
+        return activated.global_response(np, p, x, GAMMA, BETA, eps=0.0, channel=1)
+    shape = (3, 2) if name == "group" else (6,)
+    y = norm(spec, x, SIZES.get(name, ()), gamma=GAMMA.reshape(shape), beta=BETA.reshape(shape))
+    return activated.thresholded(np, p, y, 0.1 * GAMMA) if spec.formula == "filter_response" else y
+
+
+def of_rows(spec, x):
+    if spec.formula == "dynamic_tanh":
+        return activated.dynamic_tanh(np, x, 0.5, GAMMA, BETA)
+    return norm(spec, x, rows(6), gamma=GAMMA, beta=BETA)
+
+
+@pytest.mark.parametrize("name", catalog.CATALOG)
 @pytest.mark.parametrize(("column", "change"), list(enumerate(CHANGES.values())), ids=list(CHANGES))
 def test_invariance_matrix(name, column, change):
     """REPRO 5a."""
     rng = np.random.default_rng(0)
-    w, x = rng.standard_normal((7, 5)), rng.standard_normal((11, 5))
-    changed_w, changed_x = change(w, x)
-    distance = np.abs(NORMS[name](x @ w.T) - NORMS[name](changed_x @ changed_w.T)).max()
+    w, x = rng.standard_normal((6, 5)), rng.standard_normal((12, 4, 5))
+    (first, second) = (of_the_catalog(name, np.moveaxis(b @ a.T, -1, 1)) for a, b in ((w, x), change(w, x)))
+    distance = np.abs(first - second).max()
     if INVARIANT[name][column] == "y":
         assert distance < NEAR
     else:
@@ -281,3 +321,46 @@ def test_one_plus_w_is_a_shifted_gain():
     x, gamma = rng.standard_normal((6, 7)), rng.standard_normal(7)
     shifted = norm(replace(catalog.RMS, gain="1+w"), x, rows(7), gamma=gamma - 1)
     np.testing.assert_allclose(shifted, RMS(x, gamma=gamma), rtol=0, atol=16 * EPS * np.abs(shifted).max())
+
+
+# 20 and 21, and deviations seen in public code (section 27). Others of these: `r` of batch renormalization inverted
+# (test_renorm_by_hand, of the oracle), its deviation mixed with the variance (test_kept_std_is_the_mean_of_batch_stds),
+# Bessel's factor (test_a_batch_of_two_is_plus_or_minus_one), eps outside of the root (test_eps_is_inside_the_root),
+# ghosts that update in turn or once (test_ghost_batches_update_once), a first variance of 0
+# (test_entries_of_the_catalog).
+
+
+def test_bessel_counts_positions():
+    """The weight norm code takes N/(N-1), of samples alone; m is N H W (algorithm 2)."""
+    x = np.random.default_rng(14).standard_normal((3, 2, 4, 5))
+    kept = reference(catalog.BATCH, x, rate=1.0).kept["var"]
+    np.testing.assert_allclose(kept, x.var((0, 2, 3)) * 60 / 59, rtol=40 * EPS)
+    assert np.abs(kept - x.var((0, 2, 3)) * 3 / 2).min() > 0.1
+
+
+def test_instances_are_divided_by_the_biased_variance():
+    """The switchable norm code takes the unbiased one, which at 2 positions gives 1/sqrt(2) in place of 1."""
+    x = np.array([[[1.0, 3.0], [5.0, -1.0]]])
+    np.testing.assert_allclose(norm(catalog.INSTANCE, x), [[[-1.0, 1.0], [1.0, -1.0]]], rtol=4 * EPS)
+
+
+def test_eps_of_the_further_normalizers_is_that_of_the_papers():
+    """Timm has 1e-5 for filter response norm and 1e-3 for EvoNorm-B0: seen where the data are small."""
+    assert (catalog.FRN.eps, catalog.EVONORM_B0.eps, catalog.EVONORM_S0.eps) == (1e-6, 1e-5, 1e-5)
+    x = np.full((1, 1, 4), 1e-3)  # the mean square is 1e-6
+    frn = norm(catalog.FRN, x, eps=catalog.FRN.eps)
+    np.testing.assert_allclose(frn, np.sqrt(0.5), rtol=4 * EPS)
+    assert np.abs(frn - norm(catalog.FRN, x, eps=1e-5)).min() > 0.3
+
+
+def test_public_notes_on_evonorm_s0_that_are_wrong():
+    """Some take sigmoid(x / std), some the variance in place of its root."""
+    x = 2 * np.random.default_rng(15).standard_normal((2, 6, 5))
+    ones, zeros = np.ones((3, 2)), np.zeros((3, 2))
+    p = plan(catalog.EVONORM_S0, 3, (("g", 3),))
+    y = activated.evonorm_s0(np, catalog.EVONORM_S0, p, x, np.ones(6), ones, zeros, eps=1e-5)
+    var = x.reshape(2, 3, 2, 5).var((2, 3)).repeat(2, 1)[..., None] + 1e-5
+    std = np.sqrt(var)
+    np.testing.assert_allclose(y, x / (1 + np.exp(-x)) / std, rtol=0, atol=NEAR)
+    for wrong in (x / (1 + np.exp(-x / std)) / std, x / (1 + np.exp(-x)) / var):
+        assert np.abs(y - wrong).max() > 0.1

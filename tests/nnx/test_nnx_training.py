@@ -247,7 +247,9 @@ def test_images_with_channels_last_stay_as_they_are():
 # The user's function.
 
 
-@pytest.mark.parametrize(("name", "position"), [variant for variant in VARIANTS if variant[0] != "instance"])
+@pytest.mark.parametrize(
+    ("name", "position"), [variant for variant in VARIANTS if variant[0] not in ("instance", "evonorm_b0")]
+)
 def test_every_variant_of_a_seed_starts_from_the_same_weights(name, position):
     plain = training.trainer(setup(normed)).weights()
     start = training.trainer(setup(normed, norm=name, position=position)).weights()

@@ -73,8 +73,10 @@ def test_norms_with_a_formula_of_their_own_are_made_by_functions(new):
     with pytest.raises(NormError, match=f"{new}, which has a formula of its own, must be made by a function"):
         normkit.replace(model, {"layer": new})
     result = normkit.replace(model, {"layer": lambda record: norm_layer(new, *record.shape, axis=record.axis)})
-    assert [edit.reason for edit in normkit.replace(model, {"layer": lambda r: norm_layer(new, *r.shape)},
-                                                    dry_run=True).edits] == ["made by a function, with its own values"]
+    assert [
+        edit.reason
+        for edit in normkit.replace(model, {"layer": lambda r: norm_layer(new, *r.shape)}, dry_run=True).edits
+    ] == ["made by a function, with its own values"]
     assert not isinstance(result[1], nn.LayerNorm)
     with pytest.raises(NormError, match="every entry of `which` must mean a layer"):  # no record has them
         normkit.remove(result, new)

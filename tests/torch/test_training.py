@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import normkit.torch as nk
-from normkit.core.catalog import CATALOG
+from normkit.core.catalog import CATALOG, STANDARD
 from normkit.errors import NormError, NormTypeError, NormValueError
 from normkit.experiments import protocol
 from normkit.experiments.protocol import Setup
@@ -23,7 +23,11 @@ RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(12, 5))
 LABELS = RNG.integers(0, 3, 12)
 NUMBERS = RNG.normal(size=12)
-VARIANTS = [("none", "before"), *((name, position) for name in CATALOG for position in ("before", "after"))]
+VARIANTS = [
+    ("none", "before"),
+    *((name, position) for name in CATALOG for position in ("before", "after")[: 1 if CATALOG[name].activates else 2]),
+]
+POSITIONLESS = ("instance", "evonorm_b0")  # a table has none of what they are taken over
 
 
 def setup(model="mlp", **changes):
@@ -108,8 +112,9 @@ def test_one_layer_takes_any_number_of_axes_wherever_the_channels_are(name, spat
     x = torch.randn(5, 32, *(4, 3, 2)[:spatial])
     given = x.movedim(1, axis).contiguous()
     layer = training.norm_factory(name, "before", 100)(32, axis=axis)
-    if name == "instance" and spatial == 0:
-        with pytest.raises(NormValueError, match=r"instance_norm needs spatial axes .*got shape \(5, 32\)"):
+    if name in POSITIONLESS and spatial == 0:
+        text = r"(instance_norm needs spatial axes|must have positions).*got shape \(5, 32\)"
+        with pytest.raises(NormValueError, match=text):
             layer(given)
         return
     stock = nk.norm_layer(name, 32, spatial, steps=100)
@@ -132,6 +137,8 @@ def test_the_activation_comes_where_the_variant_says(name, position):
         plain = nn.Identity() if name == "none" else nk.norm_layer(name, 4, 1, steps=100)
         given = torch.from_numpy(x).float()
         expected = plain(given.clamp(min=0)) if position == "after" else plain(given).clamp(min=0)
+        if name != "none" and CATALOG[name].activates:  # it stands for both
+            expected = plain(given)
         torch.testing.assert_close(block(given), expected, rtol=0, atol=1e-5)
 
 
@@ -197,7 +204,7 @@ def test_norm_layer_wants_an_axis_only_where_it_is_free():
 # The user's function.
 
 
-@pytest.mark.parametrize(("name", "position"), [variant for variant in VARIANTS if variant[0] != "instance"])
+@pytest.mark.parametrize(("name", "position"), [variant for variant in VARIANTS if variant[0] not in POSITIONLESS])
 def test_every_variant_of_a_seed_starts_from_the_same_weights(name, position):
     plain = training.trainer(setup(normed)).weights()
     start = training.trainer(setup(normed, norm=name, position=position)).weights()
@@ -281,7 +288,7 @@ def with_norms():
     return model
 
 
-@pytest.mark.parametrize(("norm", "position"), VARIANTS)
+@pytest.mark.parametrize(("norm", "position"), [variant for variant in VARIANTS if variant[0] in ("none", *STANDARD)])
 @pytest.mark.parametrize("build", [bare, with_norms])
 def test_a_function_without_norm_gets_that_of_the_variant(build, norm, position):
     """Inserted, or in the place of those that are there; all variants start from the same weights."""
@@ -300,6 +307,16 @@ def test_a_function_without_norm_gets_that_of_the_variant(build, norm, position)
     trainer.step(TABLE, LABELS)
     weights = {name: p for name, p in trainer.network.named_parameters() if name.endswith("weight")}
     assert all(not torch.equal(p, before[name]) for name, p in weights.items())
+
+
+def test_norms_with_a_formula_of_their_own_are_inserted_only_where_an_activation_may_stay():
+    for norm, kind in (("dyt", nk.DynamicTanh), ("grn", nk.GlobalResponseNorm)):
+        trainer = training.trainer(setup(bare, norm=norm, example=lambda: TABLE))
+        assert [type(module) for module in trainer.network.modules() if isinstance(module, kind)] == [kind]
+        assert trainer.step(TABLE, LABELS) > 0
+    for build, norm in ((bare, "frn"), (with_norms, "dyt")):
+        with pytest.raises(NormValueError, match=rf"{norm} must be given its place by {build.__name__}"):
+            training.trainer(setup(build, norm=norm, example=lambda: TABLE))
 
 
 def test_norms_that_cannot_be_replaced_are_said():

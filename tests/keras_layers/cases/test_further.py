@@ -1,4 +1,4 @@
-"""Filter response norm, EvoNorm and dynamic tanh against loops in float64, and what their papers say of them."""
+"""Filter response norm, EvoNorm, dynamic tanh and global response norm against loops in float64, and their papers."""
 
 from __future__ import annotations
 
@@ -68,15 +68,26 @@ def dynamic_tanh(at, mask):
     return at["gamma"] * np.tanh(at["alpha"] * at["x"]) + at["beta"]
 
 
+def grn(at, mask, eps=1e-6):
+    y, x = np.zeros(at["x"].shape), at["x"]
+    for n in range(len(x)):
+        norms = [np.sqrt(np.sum(x[n, ..., c][mask[n]] ** 2)) for c in range(x.shape[-1])]
+        for c, norm in enumerate(norms):
+            response = norm / (sum(norms) / len(norms) + eps)
+            y[n, ..., c] = (at["gamma"][c] * x[n, ..., c] * response + at["beta"][c] + x[n, ..., c]) * mask[n]
+    return y
+
+
 LAYERS = {
     "frn": (nk.FilterResponseNormalization, {}, frn),
     "learned_frn": (nk.FilterResponseNormalization, {"learn_epsilon": True}, learned_frn),
     "evonorm_b0": (nk.EvoNormB0, {"momentum": 0.5}, evonorm_b0),
     "evonorm_s0": (nk.EvoNormS0, {"groups": 2}, evonorm_s0),
     "dynamic_tanh": (nk.DynamicTanh, {}, dynamic_tanh),
+    "grn": (nk.GlobalResponseNormalization, {}, grn),
 }
 SOME = ("evonorm_b0", "frn") if BACKEND == "jax" else tuple(LAYERS)  # JAX compiles each anew
-STATISTICS = ("frn", "evonorm_b0", "evonorm_s0")
+STATISTICS = ("frn", "evonorm_b0", "evonorm_s0", "grn")
 
 
 def made(name: str, **options):
@@ -198,6 +209,7 @@ def model() -> keras.Model:
             nk.FilterResponseNormalization(learn_epsilon=True, tau_initializer=keras.initializers.Constant(-0.5)),
             nk.EvoNormB0(momentum=None),
             nk.EvoNormS0(3),
+            nk.GlobalResponseNormalization(gamma_initializer="ones"),
             keras.layers.GlobalAveragePooling2D(),
             nk.DynamicTanh(alpha=0.7, beta_constraint="non_neg"),
             keras.layers.Dense(1),

@@ -25,6 +25,7 @@ EVERY = (
     nk.EvoNormB0,
     nk.EvoNormS0,
     nk.DynamicTanh,
+    nk.GlobalResponseNormalization,
 )
 X = np.ones((4, 5, 6))
 ARGUMENTS = {
@@ -38,6 +39,7 @@ ARGUMENTS = {
     nk.EvoNormB0: ("momentum", "epsilon", "debiased", "bessel", "nonfinite"),
     nk.EvoNormS0: ("groups", "epsilon"),
     nk.DynamicTanh: ("alpha",),
+    nk.GlobalResponseNormalization: ("epsilon",),
     partial(nk.LayerNormLSTMCell, units=4): ("units", "epsilon"),
     partial(nk.BatchNormLSTMCell, units=4, max_steps=3): ("units", "max_steps", "momentum", "epsilon", "debiased",
                                                           "nonfinite"),

@@ -51,7 +51,16 @@ def test_layers_that_are_not_built_are_refused():
             normkit.port(model, to="torch")
 
 
-@pytest.mark.parametrize("kind", [ours.EvoNormB0, ours.EvoNormS0, ours.FilterResponseNormalization, ours.DynamicTanh])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ours.EvoNormB0,
+        ours.EvoNormS0,
+        ours.FilterResponseNormalization,
+        ours.DynamicTanh,
+        ours.GlobalResponseNormalization,
+    ],
+)
 def test_a_norm_without_counterpart_is_named(kind):
     model = keras.Sequential([keras.Input((4, 32)), keras.layers.BatchNormalization(), kind(name="alone")])
     with pytest.raises(NormError, match=f"alone must have a counterpart.*got {kind.__name__}"):
