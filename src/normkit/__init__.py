@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from normkit.surgery.replacement import replace as replace
     from normkit.surgery.synchronization import sync as sync
     from normkit.surgery.synchronization import unsync as unsync
+    from normkit.teaching.steps import show as show
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _HOME = {
     "recalibrate": "normkit.surgery.recalibration",
     "remove": "normkit.surgery.replacement",
     "replace": "normkit.surgery.replacement",
+    "show": "normkit.teaching.steps",
     "sync": "normkit.surgery.synchronization",
     "unfreeze": "normkit.surgery.freezing",
     "unsync": "normkit.surgery.synchronization",

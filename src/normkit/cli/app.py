@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from normkit.cli import bench, checks, surgery
+from normkit.cli import bench, checks, surgery, teaching
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
@@ -214,8 +214,9 @@ for verb in surgery.VERBS:
     app.command(epilog=surgery.EXIT_CODES)(verb)
 app.command(epilog=bench.EXIT_CODES)(bench.bench)
 app.command(epilog=checks.EXIT_CODES)(checks.check)
-for verb in (checks.explain, checks.advise):
+for verb in (checks.advise, teaching.explain):
     app.command()(verb)
+app.command("list")(teaching.normalizers)
 
 
 def _show(comparison: Comparison, report: Path, json: bool) -> None:

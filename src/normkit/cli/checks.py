@@ -1,4 +1,4 @@
-"""The commands that look: `check` finds mistakes, `explain` tells of a rule, `advise` says what to begin with."""
+"""The commands that look: `check` finds mistakes, `advise` says what to begin with."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from normkit.checks import advice, engine, pages
+from normkit.checks import advice, engine
 from normkit.checks.cases import DATA
 from normkit.checks.findings import Diagnosis
 from normkit.checks.fixes import VERBS
 from normkit.checks.output import github as annotated
-from normkit.checks.output import wrapped
-from normkit.checks.rule import RULES
 from normkit.checks.settings import Settings, comments, configured
 from normkit.cli.loading import Checkpoint, Model, builder, function, inputs, loaded, writable
-from normkit.errors import NormTypeError, NormValueError, message, nearest
+from normkit.errors import NormTypeError, NormValueError, message
 from normkit.experiments.code import Code, call
 from normkit.experiments.config import is_reference
 from normkit.files import save
 from normkit.frameworks import FRAMEWORKS, framework_of, part
 
-__all__ = ["EXIT_CODES", "advise", "check", "explain"]
+__all__ = ["EXIT_CODES", "advise", "check"]
 
 EXIT_CODES = (
     "Exit codes: 0 no finding of severity `error`, 1 such a finding (or a file that could not be written), 2 bad input "
@@ -143,27 +141,6 @@ def check(
         raise typer.Abort from None  # typer would end without a word
     _show(found, outputs, model, written)
     return 1 if found.errors else 0
-
-
-def explain(
-    name: Annotated[str, typer.Argument(help="Code of a rule: NK102.")],
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON and nothing else.")] = False,
-) -> int:
-    """Tell what a rule looks for, why, and what to do."""
-    rule = RULES.get(name.upper())
-    if rule is None:
-        raise NormValueError(
-            message("what is to be explained must be a known rule", repr(name), nearest(name.upper(), RULES))
-        )
-    known = pages.facts(rule)
-    if json:
-        named = {"code": rule.code, "title": rule.title, "story": rule.story, "url": rule.url}
-        own = {"needs": list(rule.needs), "limits": dict(rule.limits), "frameworks": list(rule.frameworks)}
-        print(json_module.dumps({**named, **own}, indent=1))
-        return 0
-    facts = "\n".join(line for what, words in known for line in wrapped(f"{what}: {words}", "    "))
-    print(f"{rule.code}  {rule.title}\n\n{rule.story}\n\n{facts}\nsee: {rule.url}")
-    return 0
 
 
 def advise(
