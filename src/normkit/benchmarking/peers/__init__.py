@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from normkit.benchmarking.cases import Case
 from normkit.errors import NormValueError, message, nearest
 
-__all__ = ["COPY", "PEERS", "Peer", "Runner", "chosen", "found"]
+__all__ = ["PEERS", "UNITS", "Peer", "Runner", "Units", "chosen", "found"]
 
 _HERE = "normkit.benchmarking.peers"
 
@@ -82,9 +82,23 @@ PEERS = (
         {"KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"},
     ),
 )
-# The unit of all: a copy of a tensor of the case into another, in a process of its own. It is the same code for every
-# peer, and neither what a peer did to its allocator nor whose threads still spin reaches it.
-COPY = Peer("copy", f"{_HERE}.torch:copy", _TORCH, "PyTorch's copy_ into a tensor that is there")
+
+
+class Units(NamedTuple):
+    """What times are multiples of, each in a process of its own.
+
+    It is the same code for every peer, and neither what a peer did to its allocator nor whose threads still spin
+    reaches it.
+    """
+
+    copy: Peer  # of a tensor of the case into another
+    least: Peer  # the least memory traffic of a step, in the same state of memory
+
+
+UNITS = Units(
+    Peer("copy", f"{_HERE}.torch:copy", _TORCH, "PyTorch's copy_ into a tensor that is there"),
+    Peer("least", f"{_HERE}.torch:least", _TORCH, "y = empty_like(x).copy_(x), dx = add(x, dy)"),
+)
 
 
 def chosen(peers: Sequence[Peer], wanted: str | None) -> tuple[Peer, ...]:

@@ -1,4 +1,4 @@
-"""Peers in PyTorch: its own layers, ours, and the copy that is the unit of all.
+"""Peers in PyTorch: its own layers, ours, and the units of all.
 
 All make the same step: `y = layer(x)` and `torch.autograd.grad` of x, gamma and beta for a given dy; or without
 gradients, in evaluation mode.
@@ -17,7 +17,7 @@ from normkit.benchmarking.cases import Case
 from normkit.benchmarking.peers import Runner
 from normkit.benchmarking.values import Given
 
-__all__ = ["LayerRunner", "compiled", "copy", "eager", "in_place", "normkit"]
+__all__ = ["LayerRunner", "compiled", "copy", "eager", "in_place", "least", "normkit"]
 
 _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -96,6 +96,24 @@ class _Copy:
 def copy(case: Case, given: Given) -> Runner:
     """A copy of the input into memory that is there."""
     return _Copy(case, given)
+
+
+class _Least:
+    def __init__(self, case: Case, given: Given) -> None:
+        self.x, self.dy = placed(case, given.x), placed(case, given.dy)
+        self.training = case.training
+
+    def step(self) -> Any:
+        y = torch.empty_like(self.x).copy_(self.x)
+        return (y, torch.add(self.x, self.dy)) if self.training else (y,)
+
+    def outputs(self, result: Any) -> dict[str, np.ndarray]:
+        return {name: t.float().numpy() for name, t in zip(("y", "dx"), result, strict=False)}
+
+
+def least(case: Case, given: Given) -> Runner:
+    """The least memory traffic of a step: reads x and writes y; in training reads x and dy and writes dx as well."""
+    return _Least(case, given)
 
 
 def placed(case: Case, values: np.ndarray) -> Tensor:
