@@ -376,7 +376,7 @@ def test_bench_from_the_command_line(tmp_path, capfd):
 def test_other_peers_compute_the_same(name, cases):
     (peer,) = chosen_peers(PEERS, name)
     if peer.missing():
-        pytest.skip(f"{peer.missing()} is not installed")
+        pytest.skip(peer.missing())
     result = run(cases, [peer], rounds=1, timeout=300.0)
     assert result.faults == ()
     assert len(result.rows) == len(cases)

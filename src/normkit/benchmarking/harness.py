@@ -205,7 +205,8 @@ def measure(
     """
     present, missing = found(peers)
     needed = {module for peer in (*present, *units) for module in peer.needs}
-    under = circumstances(needed, threads)
+    programs = {name: text for peer in present for name, text in peer.version().items()}
+    under = circumstances(needed, threads, programs)
     rows: list[Measurement] = []
     faults: list[Fault] = []
     interrupted = False
