@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from normkit.benchmarking.cases import Case
 from normkit.benchmarking.peers import Runner
 from normkit.benchmarking.values import Given
+from normkit.errors import NormValueError
+from normkit.kernels.registry import use_kernel
 
-__all__ = ["LayerRunner", "compiled", "copy", "eager", "in_place", "least", "normkit"]
+__all__ = [
+    "LayerRunner", "by_native", "by_torch", "compiled", "copy", "covered_by_both", "eager", "in_place", "least",
+    "normkit",
+]  # fmt: skip
 
 _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -79,6 +84,45 @@ def compiled(case: Case, given: Given) -> Runner:
     torch._dynamo.reset()  # else the shapes before this one count as recompilations, and after eight it gives up
     layer, norm = _stock(case)
     return LayerRunner(case, given, layer, norm, torch.compile(layer, dynamic=False, fullgraph=True))
+
+
+class _Chosen(LayerRunner):
+    """Our layer by one kernel."""
+
+    def __init__(self, kernel: str, case: Case, given: Given) -> None:
+        import normkit.torch as ours
+
+        norm = norm_layer(ours, case)
+        super().__init__(case, given, norm, norm)
+        self.kernel = kernel
+
+    def step(self) -> Any:
+        with use_kernel(self.kernel):
+            return super().step()
+
+
+def by_native(case: Case, given: Given) -> Runner:
+    """Our layers by the compiled kernels. Raises NormValueError, at the first step, where they do not cover a case."""
+    return _Chosen("native", case, given)
+
+
+def by_torch(case: Case, given: Given) -> Runner:
+    """Our layers by PyTorch's kernels, the same way."""
+    return _Chosen("torch", case, given)
+
+
+def covered_by_both(case: Case) -> bool:
+    """Whether :func:`by_native` and :func:`by_torch` can run a case."""
+    ones, row = np.ones(case.shape, dtype=np.float32), np.ones(case.channels, dtype=np.float32)
+    given = Given(ones, ones, row, row if case.spec.center else None, row, row)
+    try:
+        for make in (by_native, by_torch):
+            make(case, given).step()
+    except NormValueError as error:
+        if "must cover the input" not in str(error):
+            raise
+        return False
+    return True
 
 
 class _Copy:
