@@ -64,6 +64,15 @@ def copy(case, given):
     return Copy(case, given)
 
 
+class Least(Copy):
+    def step(self):
+        return {"y": self.x.copy()}
+
+
+def least(case, given):
+    return Least(case, given)
+
+
 def _spoiled(change):
     return lambda case, given: Runner(case, given, change)
 

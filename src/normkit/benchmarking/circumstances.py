@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from normkit.kernels import instruction_sets
@@ -22,13 +22,17 @@ def processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def circumstances(modules: Iterable[str], threads: int) -> dict[str, str]:
-    """What belongs to every row; `modules` are the names of those whose versions matter. None of them is imported."""
+def circumstances(modules: Iterable[str], threads: int, others: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What belongs to every row.
+
+    `modules` are the names of those whose versions matter, of which none is imported; `others` are more versions.
+    """
     from normkit import __version__
 
     sets = instruction_sets()
     versions = {"normkit": __version__, "python": platform.python_version()}
     versions |= {module: version for module in sorted(set(modules)) if (version := _version(module))}
+    versions |= others or {}
     return {
         "processor": processor(),
         "instructions": sets[0] if sets else "none compiled",

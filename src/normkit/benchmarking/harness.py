@@ -1,7 +1,7 @@
 """Measuring: one process per peer, started once for each memory state, its outputs checked before it is timed.
 
-A case is timed in rounds. In a round every peer, and the copy that is the unit of all, has one turn, in an order drawn
-anew: two calls that are not measured, then the timed ones. What else the machine does meets all of them.
+A case is timed in rounds. In a round every peer, and each of the two units, has one turn, in an order drawn anew: two
+calls that are not measured, then the timed ones. What else the machine does meets all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from normkit.benchmarking.cases import Case
 from normkit.benchmarking.circumstances import circumstances
 from normkit.benchmarking.exact import given, wrong
-from normkit.benchmarking.peers import COPY, Peer, found
+from normkit.benchmarking.peers import UNITS, Peer, Units, found
 from normkit.benchmarking.results import Fault, Measurement, Measurements
 from normkit.benchmarking.values import load, remove, save
 from normkit.benchmarking.worker import DROP, Failure, Prepare, Setup, Time, Timing
@@ -187,7 +187,7 @@ def measure(
     timeout: float,
     tell: Callable[[str], None],
     keep: Callable[[Sequence[Measurement]], None],
-    copy: Peer = COPY,
+    units: Units = UNITS,
 ) -> Measurements:
     """Measure peers on cases.
 
@@ -198,14 +198,15 @@ def measure(
         timeout: seconds for one question to a peer; the first one holds the import, each Prepare a compilation.
         tell: hears a line of text per case.
         keep: gets the measurements of a case as soon as there are any.
-        copy: what the unit is measured by.
+        units: what the units are measured by.
 
     Returns:
         All that was measured. Ctrl-C ends the processes and returns what was finished, marked as interrupted.
     """
     present, missing = found(peers)
-    needed = {module for peer in (*present, copy) for module in peer.needs}
-    under = circumstances(needed, threads)
+    needed = {module for peer in (*present, *units) for module in peer.needs}
+    programs = {name: text for peer in present for name, text in peer.version().items()}
+    under = circumstances(needed, threads, programs)
     rows: list[Measurement] = []
     faults: list[Fault] = []
     interrupted = False
@@ -215,10 +216,10 @@ def measure(
         try:
             for memory in memories:
                 with _Crew(memory, threads, timeout, Path(name)) as crew:
-                    crew.start((*present, copy))
+                    crew.start((*present, *units))
                     for case in cases:
                         number += 1
-                        measured, failed = _case(crew, case, present, copy, rounds, order, under)
+                        measured, failed = _case(crew, case, present, units, rounds, order, under)
                         rows += measured
                         faults += failed
                         keep(measured)
@@ -234,7 +235,7 @@ def _case(
     crew: _Crew,
     case: Case,
     peers: Sequence[Peer],
-    copy: Peer,
+    units: Units,
     rounds: int,
     order: random.Random,
     under: Mapping[str, str],
@@ -243,7 +244,7 @@ def _case(
     faults: list[Fault] = []
     crew.drop()
     asked = [peer for peer in peers if peer.applies(case) and not crew.lost(peer)]
-    ready = _prepared(crew, case, asked, copy, faults)
+    ready = _prepared(crew, case, asked, units, faults)
     calls: dict[str, int] = {}
     turns: dict[str, list[list[Timing]]] = {peer.name: [] for peer in ready}
     for turn in range(-1, rounds):  # the first, which is not kept, shows how long a call lasts
@@ -259,9 +260,9 @@ def _case(
                 calls[peer.name] = _calls(timings[0].seconds)
             else:
                 turns[peer.name].append(timings)
-    if copy not in ready:
+    if any(unit not in ready for unit in units):
         return [], faults
-    unit = _median_ms(turns[copy.name])
+    copy, least = (_median_ms(turns[unit.name]) for unit in units)
     names = {peer.name for peer in ready}
     measured = []
     for peer in peers:
@@ -271,34 +272,35 @@ def _case(
             pages = [t.faults for timings in turns[peer.name] for t in timings if t.faults is not None]
             measured.append(
                 Measurement(
-                    case, crew.memory, peer.name, statistics.median(each), lower, upper, unit,
+                    case, crew.memory, peer.name, statistics.median(each), lower, upper, copy, least,
                     statistics.median(pages) if pages else None, len(each), under,
                 )
             )  # fmt: skip
     return measured, faults
 
 
-def _prepared(crew: _Crew, case: Case, peers: Sequence[Peer], copy: Peer, faults: list[Fault]) -> list[Peer]:
-    """The peers, and the copy, that are ready and whose outputs are right."""
+def _prepared(crew: _Crew, case: Case, peers: Sequence[Peer], units: Units, faults: list[Fault]) -> list[Peer]:
+    """The peers, and the units, that are ready and whose outputs are right."""
     numbers = given(case)
     save(crew.folder, "given", numbers.arrays())
     ready: list[Peer] = []
     try:
-        for peer in (*peers, copy):
+        for peer in (*peers, *units):
             try:
                 crew.ask(peer, Prepare(case, crew.folder, peer.name), f"making {case} ready")
                 ready.append(peer)
             except PeerError as error:
                 faults.append(Fault(str(case), crew.memory, peer.name, str(error)))
-        outputs = {peer.name: load(crew.folder, peer.name) for peer in ready if peer != copy}
+        outputs = {peer.name: load(crew.folder, peer.name) for peer in ready if peer not in units}
         mistakes = wrong(case, numbers, outputs, {peer.name: peer.room for peer in peers})
     finally:
-        for peer in (*peers, copy):
+        for peer in (*peers, *units):
             remove(crew.folder, peer.name)
         remove(crew.folder, "given")
     faults += [Fault(str(case), crew.memory, name, f"is wrong: {what}") for name, what in mistakes.items()]
     right = [peer for peer in ready if peer.name not in mistakes]
-    return right if copy in right and len(right) > 1 else []
+    whole = all(unit in right for unit in units) and len(right) > len(units)
+    return right if whole else []
 
 
 def _calls(seconds: float) -> int:

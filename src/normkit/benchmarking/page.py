@@ -23,6 +23,9 @@ then the timed ones. A time is the median over the rounds of the median within a
 
 The unit is a copy of a tensor of the case into one that is there, by PyTorch's `copy_` in a process of its own that has
 its turn in every round: it is the same code for every peer, and what a peer did to its allocator does not reach it.
+Where a processor's caches hold the copied tensor, a copy is far faster than any step can be: so "least traffic" gives
+the time as a multiple of `y = empty_like(x).copy_(x); dx = add(x, dy)` (evaluation: the first alone) as well, which in
+the same state of memory reads and writes only what every step has to.
 
 Memory: *recycled* lets malloc reuse what was freed (`M_MMAP_THRESHOLD`, `M_TRIM_THRESHOLD`, `M_ARENA_MAX`), *fresh* is
 as the peer comes. "Eager" in a gate is the faster of PyTorch's layers with the activation in place and out of place."""

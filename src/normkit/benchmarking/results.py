@@ -20,8 +20,9 @@ __all__ = ["COLUMNS", "Fault", "Measurement", "Measurements", "append", "read"]
 CIRCUMSTANCES = ("processor", "instructions", "threads", "system", "versions", "date")
 COLUMNS = (
     "norm", "activation", "shape", "layout", "dtype", "mode", "memory", "peer", "ms", "lower_ms", "upper_ms", "copy_ms",
-    "copies", "faults", "rounds", *CIRCUMSTANCES,
+    "copies", "least_ms", "faults", "rounds", *CIRCUMSTANCES,
 )  # fmt: skip
+_TIMES = ("ms", "lower_ms", "upper_ms", "copy_ms", "least_ms")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Measurement:
         ms: milliseconds of a step, the median over the rounds of the median within a turn; `lower_ms` and `upper_ms`
             are the quartiles over the rounds.
         copy_ms: of a copy of a tensor of the case, in the same rounds.
+        least_ms: of the least memory traffic of a step in the same state of memory, in the same rounds.
         faults: pages that the system handed out during a step; None where it does not say.
         rounds: how many.
         circumstances: processor, widest instruction set of our kernels, threads, system, versions, date of the run.
@@ -45,6 +47,7 @@ class Measurement:
     lower_ms: float
     upper_ms: float
     copy_ms: float
+    least_ms: float
     faults: float | None
     rounds: int
     circumstances: Mapping[str, str]
@@ -53,6 +56,11 @@ class Measurement:
     def copies(self) -> float:
         """The time as a multiple of that of a copy."""
         return self.ms / self.copy_ms
+
+    @property
+    def least(self) -> float:
+        """The time as a multiple of that of the least memory traffic."""
+        return self.ms / self.least_ms
 
     def row(self) -> dict[str, str]:
         """The columns of the CSV file."""
@@ -66,7 +74,7 @@ class Measurement:
             "mode": "train" if case.training else "eval",
             "memory": self.memory,
             "peer": self.peer,
-            **{name: f"{getattr(self, name):.6g}" for name in ("ms", "lower_ms", "upper_ms", "copy_ms", "copies")},
+            **{name: f"{getattr(self, name):.6g}" for name in (*_TIMES, "copies")},
             "faults": "" if self.faults is None else f"{self.faults:g}",
             "rounds": str(self.rounds),
             **self.circumstances,
@@ -78,10 +86,10 @@ class Measurement:
         shape = tuple(int(length) for length in row["shape"].split("x"))
         layout: Any = row["layout"]
         case = Case(row["norm"], shape, row["activation"] or None, layout, row["dtype"], row["mode"] == "train")
-        ms, lower, upper, copy = (float(row[name]) for name in ("ms", "lower_ms", "upper_ms", "copy_ms"))
+        ms, lower, upper, copy, least = (float(row[name]) for name in _TIMES)
         pages = float(row["faults"]) if row["faults"] else None
         under = {name: row[name] for name in CIRCUMSTANCES}
-        return cls(case, row["memory"], row["peer"], ms, lower, upper, copy, pages, int(row["rounds"]), under)
+        return cls(case, row["memory"], row["peer"], ms, lower, upper, copy, least, pages, int(row["rounds"]), under)
 
 
 @dataclass(frozen=True)
@@ -126,19 +134,20 @@ class Measurements(Result):
         return [peer for peer in self.peers if peer in seen]
 
     def table(self, *, notes: bool = True) -> Table:
-        """A row per case and memory state: the first peer in ms and copies, the others as multiples of its time."""
+        """A row per case and memory state: the first peer in ms, copies and least traffic, the others in its times."""
         first, *others = self.measured() or ["nobody"]
         rows = []
         for case, memory in self.cases():
             own = self.of(case, memory, first)
             some = next(row for row in self.rows if (row.case, row.memory) == (case, memory))
             cells = [str(case), memory, number(some.copy_ms)]
-            cells += ["-", "-"] if own is None else [number(own.ms), number(own.copies)]
+            cells += ["-"] * 3 if own is None else [number(own.ms), number(own.copies), number(own.least)]
             for peer in others:
                 other = self.of(case, memory, peer)
                 cells.append(f"{other.ms / own.ms:.2f}" if own and other else "-")
             rows.append(cells)
-        headings = ["case", "memory", "copy ms", f"{first} ms", "copies", *(f"{peer} / {first}" for peer in others)]
+        headings = ["case", "memory", "copy ms", f"{first} ms", "copies", "least traffic"]
+        headings += [f"{peer} / {first}" for peer in others]
         return Table(headings, rows, words=2, title="\n".join(self._notes()) if notes else "")
 
     def _notes(self) -> list[str]:
@@ -150,7 +159,7 @@ class Measurements(Result):
         """Rows as in the CSV file, with numbers as numbers, and what went wrong."""
         from normkit.benchmarking.gates import verdicts
 
-        numbers = ("ms", "lower_ms", "upper_ms", "copy_ms", "copies", "faults", "rounds", "threads")
+        numbers = (*_TIMES, "copies", "faults", "rounds", "threads")
         rows = [{k: float(v) if k in numbers and v else v for k, v in row.row().items()} for row in self.rows]
         return {
             "rows": rows,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +13,14 @@ import typer
 
 from normkit.benchmarking import cases as grid
 from normkit.benchmarking import peers as known
-from normkit.benchmarking import results
+from normkit.benchmarking import results, tuning
 from normkit.benchmarking.harness import measure
 from normkit.benchmarking.page import page
 from normkit.benchmarking.worker import MEMORIES
 from normkit.errors import NormValueError, message, nearest
 from normkit.experiments.runner import cores
 from normkit.files import save
+from normkit.kernels.registry import VARIABLE
 
 __all__ = ["EXIT_CODES", "bench"]
 
@@ -26,6 +29,7 @@ EXIT_CODES = (
     "full disk, or a peer that failed, died, took too long or was wrong, while the others went on."
 )
 _ROUNDS, _QUICK_ROUNDS = 9, 3
+_TUNE_ROUNDS = 5  # many cases, of microseconds each
 
 
 def bench(
@@ -80,6 +84,17 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Time the compiled kernels against PyTorch's on small samples, and say where they lose clearly, as "
+            f"rules for a file that {VARIABLE} names. Takes a minute or two.",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --tune: write the rules to this JSON file.", show_default=False)
+    ] = None,
 ) -> int:
     """Measure how fast normalizers are: time of a training step, in copies of the tensor, and of others beside ours.
 
@@ -87,6 +102,12 @@ def bench(
     """
     if plot is not None and plot.suffix.lower() != ".svg":
         raise NormValueError(message("`--plot` must end in .svg", repr(str(plot))))
+    if tune:
+        others = {"--peers": peers, "--memory": memory, "--csv": csv, "--from": from_, "--plot": plot, "--page": page_}
+        _alone(others)
+        return _tune(cases, rounds, threads, timeout, quick=quick, out=out, json_=json_)
+    if out is not None:
+        raise NormValueError(message("`--out` must come with `--tune`", repr(str(out))))
     names = tuple(peer.name for peer in known.PEERS)
     if from_ is not None:
         found = results.read(from_, names)
@@ -98,7 +119,7 @@ def bench(
             rounds=_at_least_one("--rounds", rounds, _QUICK_ROUNDS if quick else _ROUNDS),
             threads=_at_least_one("--threads", threads, cores()),
             timeout=timeout,
-            tell=lambda line: print(line, file=sys.stderr, flush=True),
+            tell=_tell,
             keep=lambda rows: None if csv is None else results.append(csv, rows),
         )
     if json_:
@@ -109,6 +130,51 @@ def bench(
         found.save(plot)
     if page_ is not None:
         save(page_, page(found if csv is None or not csv.exists() else results.read(csv, names)), "`--page`")
+    return _code(found)
+
+
+def _tune(
+    cases: str | None,
+    rounds: int | None,
+    threads: int | None,
+    timeout: float,
+    *,
+    quick: bool,
+    out: Path | None,
+    json_: bool,
+) -> int:
+    if out is not None and not os.access(out.absolute().parent, os.W_OK):  # known before minutes of measuring
+        raise NormValueError(message("`--out` must be in a folder that can be written", repr(str(out))))
+    wanted = tuning.covered(grid.chosen(tuning.QUICK if quick else tuning.CASES, cases))
+    found = measure(
+        wanted,
+        tuning.KERNELS,
+        MEMORIES[:1],
+        rounds=_at_least_one("--rounds", rounds, _QUICK_ROUNDS if quick else _TUNE_ROUNDS),
+        threads=_at_least_one("--threads", threads, cores()),
+        timeout=timeout,
+        tell=_tell,
+        keep=lambda _: None,
+    )
+    result = tuning.tuned(wanted, found)
+    print(json.dumps(result.to_dict(), indent=1, allow_nan=False) if json_ else result)
+    if out is not None and not found.interrupted:
+        save(out, result.file(), "`--out`")
+        _tell(f"{len(result.rules)} rules in {out}: {VARIABLE}={out} lets them count")
+    return _code(found)
+
+
+def _alone(others: Mapping[str, object]) -> None:
+    for option, value in others.items():
+        if value is not None:
+            raise NormValueError(message(f"`--tune` must go without `{option}`", repr(str(value))))
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _code(found: results.Measurements) -> int:
     return 130 if found.interrupted else 1 if found.faults else 0
 
 

@@ -15,6 +15,7 @@ that are looked at before the shipped ones::
     {"rules": [{"normalizer": "batch_norm", "dtype": "float32", "layout": "contiguous", "below": 256, "use": "torch"}]}
 
 `normalizer`, `dtype`, `layout` and `below` may be left out: the rule then holds for all. The first that fits counts.
+`normkit bench --tune --out rules.json` measures such a file on the machine at hand.
 """
 
 from __future__ import annotations

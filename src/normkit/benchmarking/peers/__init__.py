@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from normkit.benchmarking.cases import Case
 from normkit.errors import NormValueError, message, nearest
 
-__all__ = ["COPY", "PEERS", "Peer", "Runner", "chosen", "found"]
+__all__ = ["PEERS", "UNITS", "Peer", "Runner", "Units", "chosen", "found"]
 
 _HERE = "normkit.benchmarking.peers"
 
@@ -36,6 +37,9 @@ class Peer:
         environment: variables of the process, for libraries that read them when they are loaded.
         about: what it is, in a sentence.
         activated: whether it says something only where there is an activation.
+        norms: the only ones that it has, by their short names; empty for all.
+        program: a module for a peer that is no Python package: its `missing()` says in words why it cannot run here, or
+            None, and its `version()` is that of the library.
         room: how far its outputs may be from the exact ones, in our own tolerances. Of others we ask that they compute
             the same thing, not that they do it as carefully: PyTorch's batch norm in channels_last and Keras' on
             TensorFlow need up to 4, mistakes hundreds.
@@ -47,15 +51,24 @@ class Peer:
     about: str
     environment: Mapping[str, str] = field(default_factory=dict)
     activated: bool = False
+    norms: tuple[str, ...] = ()
+    program: str = ""
     room: float = 16.0
 
     def missing(self) -> str | None:
-        """The first of the modules it needs that is not installed."""
-        return next((module for module in self.needs if importlib.util.find_spec(module) is None), None)
+        """Why it cannot run here, None if it can."""
+        for module in self.needs:
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed"
+        return str(why) if self.program and (why := importlib.import_module(self.program).missing()) else None
+
+    def version(self) -> dict[str, str]:
+        """Of its program, by its name, where it is one."""
+        return {self.name: importlib.import_module(self.program).version()} if self.program else {}
 
     def applies(self, case: Case) -> bool:
         """Whether the case says anything about it."""
-        return not self.activated or case.activation is not None
+        return (not self.activated or case.activation is not None) and case.norm in (self.norms or (case.norm,))
 
 
 _TORCH = ("torch",)
@@ -81,10 +94,32 @@ PEERS = (
         "Keras layers on TensorFlow in one tf.function",
         {"KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"},
     ),
+    Peer(
+        "onednn",
+        f"{_HERE}.onednn:fused",
+        (),
+        "oneDNN in C++, ReLU fused; its results lie in memory that it uses again, as the copy's does",
+        norms=("batch",),
+        program=f"{_HERE}.onednn",
+    ),
 )
-# The unit of all: a copy of a tensor of the case into another, in a process of its own. It is the same code for every
-# peer, and neither what a peer did to its allocator nor whose threads still spin reaches it.
-COPY = Peer("copy", f"{_HERE}.torch:copy", _TORCH, "PyTorch's copy_ into a tensor that is there")
+
+
+class Units(NamedTuple):
+    """What times are multiples of, each in a process of its own.
+
+    It is the same code for every peer, and neither what a peer did to its allocator nor whose threads still spin
+    reaches it.
+    """
+
+    copy: Peer  # of a tensor of the case into another
+    least: Peer  # the least memory traffic of a step, in the same state of memory
+
+
+UNITS = Units(
+    Peer("copy", f"{_HERE}.torch:copy", _TORCH, "PyTorch's copy_ into a tensor that is there"),
+    Peer("least", f"{_HERE}.torch:least", _TORCH, "y = empty_like(x).copy_(x), dx = add(x, dy)"),
+)
 
 
 def chosen(peers: Sequence[Peer], wanted: str | None) -> tuple[Peer, ...]:
@@ -103,8 +138,5 @@ def chosen(peers: Sequence[Peer], wanted: str | None) -> tuple[Peer, ...]:
 
 def found(peers: Sequence[Peer]) -> tuple[tuple[Peer, ...], dict[str, str]]:
     """The peers that can run here, and why the others cannot, by name."""
-    missing = {peer.name: module for peer in peers if (module := peer.missing())}
-    return (
-        tuple(peer for peer in peers if peer.name not in missing),
-        {name: f"{module} is not installed" for name, module in missing.items()},
-    )
+    missing = {peer.name: why for peer in peers if (why := peer.missing())}
+    return tuple(peer for peer in peers if peer.name not in missing), missing

@@ -1,4 +1,4 @@
-"""Peers in PyTorch: its own layers, ours, and the copy that is the unit of all.
+"""Peers in PyTorch: its own layers, ours, and the units of all.
 
 All make the same step: `y = layer(x)` and `torch.autograd.grad` of x, gamma and beta for a given dy; or without
 gradients, in evaluation mode.
@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from normkit.benchmarking.cases import Case
 from normkit.benchmarking.peers import Runner
 from normkit.benchmarking.values import Given
+from normkit.errors import NormValueError
+from normkit.kernels.registry import use_kernel
 
-__all__ = ["LayerRunner", "compiled", "copy", "eager", "in_place", "normkit"]
+__all__ = [
+    "LayerRunner", "by_native", "by_torch", "compiled", "copy", "covered_by_both", "eager", "in_place", "least",
+    "normkit",
+]  # fmt: skip
 
 _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -81,6 +86,45 @@ def compiled(case: Case, given: Given) -> Runner:
     return LayerRunner(case, given, layer, norm, torch.compile(layer, dynamic=False, fullgraph=True))
 
 
+class _Chosen(LayerRunner):
+    """Our layer by one kernel."""
+
+    def __init__(self, kernel: str, case: Case, given: Given) -> None:
+        import normkit.torch as ours
+
+        norm = norm_layer(ours, case)
+        super().__init__(case, given, norm, norm)
+        self.kernel = kernel
+
+    def step(self) -> Any:
+        with use_kernel(self.kernel):
+            return super().step()
+
+
+def by_native(case: Case, given: Given) -> Runner:
+    """Our layers by the compiled kernels. Raises NormValueError, at the first step, where they do not cover a case."""
+    return _Chosen("native", case, given)
+
+
+def by_torch(case: Case, given: Given) -> Runner:
+    """Our layers by PyTorch's kernels, the same way."""
+    return _Chosen("torch", case, given)
+
+
+def covered_by_both(case: Case) -> bool:
+    """Whether :func:`by_native` and :func:`by_torch` can run a case."""
+    ones, row = np.ones(case.shape, dtype=np.float32), np.ones(case.channels, dtype=np.float32)
+    given = Given(ones, ones, row, row if case.spec.center else None, row, row)
+    try:
+        for make in (by_native, by_torch):
+            make(case, given).step()
+    except NormValueError as error:
+        if "must cover the input" not in str(error):
+            raise
+        return False
+    return True
+
+
 class _Copy:
     def __init__(self, case: Case, given: Given) -> None:
         self.x = placed(case, given.x)
@@ -96,6 +140,24 @@ class _Copy:
 def copy(case: Case, given: Given) -> Runner:
     """A copy of the input into memory that is there."""
     return _Copy(case, given)
+
+
+class _Least:
+    def __init__(self, case: Case, given: Given) -> None:
+        self.x, self.dy = placed(case, given.x), placed(case, given.dy)
+        self.training = case.training
+
+    def step(self) -> Any:
+        y = torch.empty_like(self.x).copy_(self.x)
+        return (y, torch.add(self.x, self.dy)) if self.training else (y,)
+
+    def outputs(self, result: Any) -> dict[str, np.ndarray]:
+        return {name: t.float().numpy() for name, t in zip(("y", "dx"), result, strict=False)}
+
+
+def least(case: Case, given: Given) -> Runner:
+    """The least memory traffic of a step: reads x and writes y; in training reads x and dy and writes dx as well."""
+    return _Least(case, given)
 
 
 def placed(case: Case, values: np.ndarray) -> Tensor:
