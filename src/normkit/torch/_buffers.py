@@ -15,7 +15,7 @@ from normkit.core.plan import NormPlan
 from normkit.core.spec import NormSpec
 from normkit.errors import NormRuntimeError, message
 
-__all__ = ["WideBuffers", "keep", "recomputing", "watched"]
+__all__ = ["WideBuffers", "keep", "keep_rows", "recomputing", "watched"]
 
 
 def keep(
@@ -68,6 +68,39 @@ def keep(
         changes = [(kept[name], value) for name, value in new.items()]
         if count is not None:
             changes.append((count, count + counted))
+        _write(changes)
+
+
+def keep_rows(
+    spec: NormSpec,
+    kept: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+    count: Tensor,
+    rows: int,
+    *,
+    momentum: float | None,
+    nonfinite: str,
+) -> None:
+    """Write statistics that have a row for each time step, the first `rows` of them, and add one to `count` there.
+
+    `kept` has buffers (max_steps, C) and what this batch was seen to have (rows, C), for each thing that is normalized.
+    `momentum` as in :func:`keep`. A row in which anything is not finite changes nothing, unless `nonfinite` is
+    "update".
+    """
+    with torch.no_grad():
+        counted = count[:rows]
+        known = torch.ones_like(counted, dtype=torch.bool)
+        if nonfinite == "skip":
+            for _, batch in kept:
+                for value in batch.values():
+                    known = known & value.isfinite().all(1)
+        rate: Any = momentum
+        if momentum is None:
+            rate = 1.0 / (counted + 1).to(next(iter(kept[0][0].values())).dtype)[:, None]
+        changes: list[tuple[Tensor, Any]] = [(counted, counted + known)]
+        for buffers, batch in kept:
+            first = {name: buffer[:rows] for name, buffer in buffers.items()}
+            new = formula.updated(torch, spec, first, batch, known[:, None], rate)
+            changes += [(first[name], value) for name, value in new.items()]
         _write(changes)
 
 
