@@ -7,6 +7,9 @@ from normkit.torch.constant import FrozenBatchNorm2d as FrozenBatchNorm2d
 from normkit.torch.factory import norm_layer as norm_layer
 from normkit.torch.layers import *  # noqa: F403
 from normkit.torch.layers import __all__ as _layers
+from normkit.torch.recurrent import *  # noqa: F403
+from normkit.torch.recurrent import __all__ as _recurrent
 from normkit.torch.synchronized import SyncBatchNorm as SyncBatchNorm
 
 __all__ = ["FrozenBatchNorm2d", "SyncBatchNorm", "functional", "load_folded", "norm_layer", "use_kernel", *_layers]
+__all__ += _recurrent

@@ -2,6 +2,9 @@
 
 What a time step costs in eager mode is mostly the calling of some thirty operations, not their work. Here a step is ten
 calls forward and sixteen backward, into memory that is there already; the gradient of W_h is one product for all steps.
+
+Of what remains most is matrix products. torch.nn.LSTM has its own from oneDNN, while torch.mm asks MKL, which on
+processors of other makers is half as fast; so products are asked of oneDNN here too, where PyTorch has it.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from torch import Tensor
 
 from normkit.kernels.native import ACTIVATIONS, TYPES, available, instruction_set
 
-__all__ = ["Kernels", "lstm", "usable"]
+__all__ = ["COMPILED", "Kernels", "lstm", "product", "usable"]
 
 _native = available()
+COMPILED = _native is not None
 _SET = instruction_set()
 _KIND, _NONE = TYPES["float32"], ACTIVATIONS[None]
 _FLOAT = 4  # bytes
@@ -27,9 +31,54 @@ _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
+# What torch.compile calls for linear layers on CPUs; torch has no public name for them.
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ordered = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+
+
+def _times(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function x -> x @ weight.T, to be called more than once."""
+    if _onednn is None or _ordered is None or not torch.backends.mkldnn.enabled:
+        return weight.t().__rmatmul__
+    packed = _ordered(weight)
+    return lambda x: _onednn(x, packed, None, "none", [], "")
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight.T."""
+    if _onednn is None or not torch.backends.mkldnn.enabled:
+        return x @ weight.t()
+    found: Tensor = _onednn(x, weight, None, "none", [], "")
+    return found
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        plain = torch.is_grad_enabled()  # whose gradient may be asked for
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight if plain else _product(dy, weight.t().contiguous())
+        if ctx.needs_input_grad[1]:
+            dw = dy.t() @ x if plain else _product(x.t(), dy.t()).t()
+        return dx, dw
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight.T for tensors that are `usable`, which nothing but eager autograd may be watching."""
+    found: Tensor = _Product.apply(x, weight)
+    return found
+
+
 def usable(*tensors: Tensor) -> bool:
-    """Whether this loop takes such tensors, which nothing but eager autograd may be watching."""
-    if _native is None or torch.is_autocast_enabled("cpu"):
+    """Whether `product` takes such tensors, and with the compiled kernels `lstm` too."""
+    if torch.is_autocast_enabled("cpu"):
         return False
     return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
@@ -127,18 +176,19 @@ class _Loop(torch.autograd.Function):
         again: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         units, first = h.shape[1], (h, c)
-        raw, active = torch.empty_like(gates), torch.empty_like(gates)
+        times = _times(weight)
+        active, raw = torch.empty_like(gates), []
         cells, shown, out = (gates.new_empty(len(gates), units) for _ in range(3))
         norm = _Norm(0, kernels, gamma, beta, of_state)
         norm_c = _Norm(1, kernels, gamma_c, beta_c, of_cell)
-        turned = weight.t()
         row, place, step = 0, gates.data_ptr(), _FLOAT * gates.shape[1]
         i_f, g_, o_ = (part.split(sizes) for part in active.split((2 * units, units, units), 1))
         i_, f_ = (part.split(sizes) for part in active[:, : 2 * units].split(units, 1))
-        of_step = zip(*(t.split(sizes) for t in (raw, active, cells, shown, out)), strict=True)
-        for t, (a, z, new, tanh, now) in enumerate(of_step):
+        of_step = zip(*(t.split(sizes) for t in (active, cells, shown, out)), strict=True)
+        for t, (z, new, tanh, now) in enumerate(of_step):
             n = sizes[t]
-            torch.mm(h[:n], turned, out=a)
+            a = times(h[:n])
+            raw.append(a)
             norm.forward(t, row, a, place + row * step, z)
             i_f[t].sigmoid_()
             g_[t].tanh_()
@@ -149,7 +199,20 @@ class _Loop(torch.autograd.Function):
             h = torch.mul(o_[t], tanh, out=now)
             row += n
         ctx.save_for_backward(
-            gates, *first, weight, gamma, beta, gamma_c, beta_c, of_state, of_cell, raw, active, cells, shown, out
+            gates,
+            *first,
+            weight,
+            gamma,
+            beta,
+            gamma_c,
+            beta_c,
+            of_state,
+            of_cell,
+            active,
+            cells,
+            shown,
+            out,
+            *raw,
         )
         ctx.loop = sizes, kernels, again
         ctx.set_materialize_grads(False)
@@ -161,7 +224,7 @@ class _Loop(torch.autograd.Function):
         sizes, kernels, again = ctx.loop
         if torch.is_grad_enabled():
             return (*_twice(again, (gates, h, c, weight, gamma, beta, gamma_c, beta_c), dout, dcells), *(None,) * 5)
-        raw, active, cells, shown, out = kept
+        active, cells, shown, out, *raw = kept
         units = h.shape[1]
         norm = _Norm(0, kernels, gamma, beta, of_state)
         norm_c = _Norm(1, kernels, gamma_c, beta_c, of_cell)
@@ -173,10 +236,10 @@ class _Loop(torch.autograd.Function):
         spare = torch.empty_like(h), torch.empty_like(h)
         i_, f_, g_, o_ = (part.split(sizes) for part in active.split(units, 1))
         di, df, dg, do = (part.split(sizes) for part in dgates.split(units, 1))
-        raws, dz, da, cell, tanh = (t.split(sizes) for t in (raw, dgates, draw, cells, shown))
+        dz, da, cell, tanh = (t.split(sizes) for t in (dgates, draw, cells, shown))
         outer = None if dout is None else dout.split(sizes)
         outer_c = None if dcells is None else dcells.split(sizes)
-        starts = [0, *accumulate(sizes)]
+        starts, times = [0, *accumulate(sizes)], _times(weight.t().contiguous())
         for t in reversed(range(len(sizes))):
             n, row = sizes[t], starts[t]
             dh_t, dc_t, a, b = dh[:n], dc[:n], spare[0][:n], spare[1][:n]
@@ -193,11 +256,11 @@ class _Loop(torch.autograd.Function):
             _tanh_backward(torch.mul(dc_t, i, out=a), g, grad_input=dg[t])
             _sigmoid_backward(torch.mul(dc_t, cell[t - 1][:n] if t else c, out=a), f, grad_input=df[t])
             dc_t.mul_(f)
-            norm.backward(t, row, dz[t], raws[t], da[t], dgamma[t], dbeta[t])
-            torch.mm(da[t], weight, out=dh_t)
+            norm.backward(t, row, dz[t], raw[t], da[t], dgamma[t], dbeta[t])
+            dh_t.copy_(times(da[t]))
         before = torch.cat([h, *(part[:n] for part, n in zip(out.split(sizes), sizes[1:], strict=False))])
         return (
-            dgates, dh, dc, draw.t() @ before, dgamma.sum(0), None if beta is None else dbeta.sum(0),
+            dgates, dh, dc, _product(before.t(), draw.t()).t(), dgamma.sum(0), None if beta is None else dbeta.sum(0),
             dgamma_c.sum(0), None if beta_c is None else dbeta_c.sum(0), *(None,) * 5,
         )  # fmt: skip
 

@@ -140,7 +140,7 @@ class _ByLayer(_Norms):
     def all_steps(self, x: Tensor) -> Tensor:
         return self.step("ih", 0, x)
 
-    def step(self, kind: str, t: int, x: Tensor) -> Tensor:
+    def step(self, kind: str, t: int, x: Tensor) -> Tensor:  # noqa: ARG002
         gamma, beta = self.gammas[kind], self.betas[kind]
         if kind == "c" or len(self.groups) == 1:
             return self._one(x, gamma, beta)
@@ -424,7 +424,9 @@ class _NormRNN(WideBuffers, _Layer, nn.RNNBase):
     def _direction(self, x: Tensor, sizes: list[int], states: list[Tensor], suffix: str) -> tuple[Tensor, list[Tensor]]:
         """Return h of all packed rows, and the last states."""
         norms = self._norms(suffix, sizes)
-        gates = norms.all_steps(x @ getattr(self, f"weight_ih{suffix}").T)
+        of_input = getattr(self, f"weight_ih{suffix}")
+        plain = needs_plain(x, of_input) or not _lstm.usable(x, of_input)
+        gates = norms.all_steps(x @ of_input.T if plain else _lstm.product(x, of_input))
         weight = getattr(self, f"weight_hh{suffix}")
         found = self._compiled(norms, gates, states, weight) or self._loop(norms, gates, states, weight)
         norms.finish()
@@ -438,7 +440,9 @@ class _NormRNN(WideBuffers, _Layer, nn.RNNBase):
         functions = {"activation": torch.tanh, "recurrent_activation": torch.sigmoid}
         weight, found = weight.T, []
         for t, (n, gate) in enumerate(zip(norms.sizes, gates.split(norms.sizes), strict=True)):
-            h, *rest = states = [state[:n] for state in states]
+            if n < len(states[0]):
+                states = [state[:n] for state in states]
+            h, *rest = states
             seen = norms.step("hh", t, h @ weight)
             if self.mode == "GRU":
                 states = [recurrent.gru_step(gate.chunk(3, 1), seen.chunk(3, 1), h, **functions)]
@@ -454,7 +458,9 @@ class _NormRNN(WideBuffers, _Layer, nn.RNNBase):
         """Return the same where the compiled loop of the LSTM takes it, else None."""
         affine = [values.get(kind) for kind in ("hh", "c") for values in (norms.gammas, norms.betas)]
         there = [t for t in (gates, *states, weight, *affine) if t is not None]
-        if self.mode != "LSTM" or needs_plain(*there) or not norms.loops(gates) or not _lstm.usable(*there):
+        if self.mode != "LSTM" or not _lstm.COMPILED or not norms.loops(gates):
+            return None
+        if needs_plain(*there) or not _lstm.usable(*there):
             return None
         statistics, fixed = norms.statistics(gates), norms.fixed()
 
@@ -607,16 +613,143 @@ class _LayerNormRNN(_NormRNN):
 
 
 class BatchNormLSTM(_BatchNormRNN):
+    """An LSTM with batch normalization inside (arXiv:1603.09025), in the place of torch.nn.LSTM.
+
+    (i, f, g, o) = BN(W_ih x) + b_ih + BN(W_hh h) + b_hh
+    c' = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    h' = sigmoid(o) * tanh(BN(c') + beta_c)
+
+    The recurrence of c itself is not normalized. Every BN has a gain: gamma_ih, gamma_hh, gamma_c.
+
+    Training: mean and biased variance over the batch, at each time step its own, which then enter the running
+    statistics of that step: `running_* = (1 - momentum) * running_* + momentum * batch`. Steps from `max_steps` on use
+    their batch and are not kept. Evaluation: the running statistics of the step; after `max_steps`, or after the last
+    step that training has seen, those of that last step. A step is counted from where the sequence begins with `hx`,
+    in the direction backwards from the sequence's own end.
+
+    Padding stays out of the statistics: give a PackedSequence, or a `mask` in which the real positions come first. A
+    step at which one sequence of a longer batch is left has no variance; it uses the running statistics, as evaluation
+    does.
+
+    Shapes: input (T, N, F), with `batch_first` (N, T, F), (T, F), or packed; `hx` and the last states as torch.nn.LSTM.
+    Weights and their names too, then gamma_ih_l0, gamma_hh_l0 (4 * hidden,), gamma_c_l0, beta_c_l0 (hidden,), and
+    running_mean_*_l0, running_var_*_l0 (max_steps, ...) for each BN, in float32 or wider, and num_batches_tracked_l0
+    (max_steps,); so for every layer and, with `_reverse`, direction.
+
+    First values: gains 0.1, for with 1 the activations saturate and gradients vanish over time; beta_c and means 0,
+    variances 1; the others as in torch.nn. The paper begins with the identity for W_hh, orthogonal W_ih, forget biases
+    of 1, and averages statistics after training (`momentum=None` averages as it goes). Where all samples are alike, as
+    W_hh h is in a first step without `hx` and pixels are in the corners of images, eps is all the variance there is:
+    small differences, as of an `hx` in evaluation, then grow by up to eps^-1/2; the paper gives noise as `hx`.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: of torch.nn.LSTM.
+        proj_size: 0; a projection is refused.
+        max_steps: number of steps with statistics of their own, the length of the longest training sequence.
+        momentum: weight of a new batch; None averages all batches equally.
+        eps: added to the variance.
+        bessel: keep the unbiased variance n/(n-1) var.
+        nonfinite: "skip" leaves steps with NaN or infinity out of the running statistics, "update" does not look.
+
+    Raises:
+        NormValueError, NormTypeError: for arguments and inputs out of range; in training with one sequence.
+
+    >>> layer = BatchNormLSTM(3, 5, max_steps=7)
+    >>> out, (h, c) = layer(torch.randn(7, 4, 3))
+    >>> out.shape, h.shape
+    (torch.Size([7, 4, 5]), torch.Size([1, 4, 5]))
+    >>> mask = torch.arange(7)[:, None] < torch.tensor([7, 3, 5, 2])
+    >>> out, _ = layer(torch.randn(7, 4, 3), mask=mask)
+    >>> bool((out[3:, 1] == 0).all()), layer.num_batches_tracked_l0[:7].tolist()
+    (True, [2, 2, 2, 2, 2, 1, 1])
+    """
+
     _mode = "LSTM"
 
 
 class BatchNormGRU(_BatchNormRNN):
+    """A GRU with batch normalization inside, after arXiv:1603.09025, in the place of torch.nn.GRU.
+
+    (r, z, n) = BN(W_ih x) + b_ih,  (r_h, z_h, n_h) = BN(W_hh h) + b_hh
+    n' = tanh(n + sigmoid(r + r_h) * n_h)
+    h' = (1 - sigmoid(z + z_h)) * n' + sigmoid(z + z_h) * h
+
+    The paper has the LSTM only; this is its rule: the products are normalized, the recurrence of h is not. There is no
+    cell to normalize on its way to the output. Everything else, steps, padding, statistics and first values, is as in
+    :class:`BatchNormLSTM`, with three gates in place of four and without gamma_c and beta_c.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: of torch.nn.GRU.
+        proj_size: 0.
+        max_steps, momentum, eps, bessel, nonfinite: as :class:`BatchNormLSTM`.
+
+    Raises:
+        NormValueError, NormTypeError: as :class:`BatchNormLSTM`.
+
+    >>> out, h = BatchNormGRU(3, 5)(torch.randn(7, 4, 3))
+    >>> out.shape, h.shape
+    (torch.Size([7, 4, 5]), torch.Size([1, 4, 5]))
+    """
+
     _mode = "GRU"
 
 
 class LayerNormLSTM(_LayerNormRNN):
+    """An LSTM with layer normalization inside (arXiv:1607.06450), in the place of torch.nn.LSTM.
+
+    (i, f, g, o) = LN(W_ih x) + b_ih + LN(W_hh h) + b_hh
+    c' = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    h' = sigmoid(o) * tanh(LN(c') + beta_c)
+
+    LN is over all 4 * hidden values of a sample at a step, and over the hidden values of c'. Every LN has a gain:
+    gamma_ih, gamma_hh, gamma_c. Training and evaluation are the same, dropout aside, and no sample depends on others.
+
+    This is the paper's form. Practice often differs in two ways that are not followed: each gate is normalized by
+    itself, after the products were added (TensorFlow's LayerNormBasicLSTMCell), and the normalized c' is what the next
+    step begins with (the same, and the examples of PyTorch), where the paper leaves the recurrence of c alone.
+
+    Shapes: as torch.nn.LSTM, and so are the weights and their names; then gamma_ih_l0, gamma_hh_l0 (4 * hidden,),
+    gamma_c_l0, beta_c_l0 (hidden,) for every layer and, with `_reverse`, direction. First values: gains 1, beta_c 0,
+    the others as in torch.nn. `mask` is as in :class:`BatchNormLSTM`.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: of torch.nn.LSTM.
+        proj_size: 0; a projection is refused.
+        eps: added to the variance; the paper's formula has none.
+
+    Raises:
+        NormValueError, NormTypeError: for arguments and inputs out of range.
+
+    >>> out, (h, c) = LayerNormLSTM(3, 5, batch_first=True)(torch.randn(4, 7, 3))
+    >>> out.shape, h.shape
+    (torch.Size([4, 7, 5]), torch.Size([1, 4, 5]))
+    """
+
     _mode = "LSTM"
 
 
 class LayerNormGRU(_LayerNormRNN):
+    """A GRU with layer normalization inside (arXiv:1607.06450), in the place of torch.nn.GRU.
+
+    (r, z, n) = LN(W_ih x) + b_ih,  (r_h, z_h, n_h) = LN(W_hh h) + b_hh
+    n' = tanh(n + sigmoid(r + r_h) * n_h)
+    h' = (1 - sigmoid(z + z_h)) * n' + sigmoid(z + z_h) * h
+
+    As in the paper's supplement, LN takes the gates r and z of a sample together and the candidate n by itself;
+    practice often takes all 3 * hidden values together. As in PyTorch, and not in the paper, z weighs the old state. The
+    recurrence of h is not normalized. Everything else is as in :class:`LayerNormLSTM`, without gamma_c and beta_c.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: of torch.nn.GRU.
+        proj_size: 0.
+        eps: added to the variance; the paper's formula has none.
+
+    Raises:
+        NormValueError, NormTypeError: for arguments and inputs out of range.
+
+    >>> out, h = LayerNormGRU(3, 5)(torch.randn(7, 4, 3))
+    >>> out.shape, h.shape
+    (torch.Size([7, 4, 5]), torch.Size([1, 4, 5]))
+    """
+
     _mode = "GRU"
