@@ -50,9 +50,7 @@ def keep(
         if (
             not watched() and known is True and kept["mean"].device.type == "cpu"
         ):  # a look at the values costs nothing here
-            if nonfinite == "skip" and not all(
-                math.isfinite(v.sum(dtype=torch.float64).item()) for v in batch.values()
-            ):
+            if nonfinite == "skip" and not _all_finite(list(batch.values())):
                 return
             new = formula.updated(torch, spec, kept, batch, known, rate)
             _write([(kept[name], value) for name, value in new.items()])
@@ -88,20 +86,25 @@ def keep_rows(
     """
     with torch.no_grad():
         counted = count[:rows]
-        known = torch.ones_like(counted, dtype=torch.bool)
-        if nonfinite == "skip":
-            for _, batch in kept:
-                for value in batch.values():
-                    known = known & value.isfinite().all(1)
+        known: Any = True
+        if nonfinite == "skip" and not _all_finite([value for _, batch in kept for value in batch.values()]):
+            known = torch.stack([value.isfinite().all(1) for _, batch in kept for value in batch.values()]).all(0)
         rate: Any = momentum
         if momentum is None:
             rate = 1.0 / (counted + 1).to(next(iter(kept[0][0].values())).dtype)[:, None]
         changes: list[tuple[Tensor, Any]] = [(counted, counted + known)]
         for buffers, batch in kept:
             first = {name: buffer[:rows] for name, buffer in buffers.items()}
-            new = formula.updated(torch, spec, first, batch, known[:, None], rate)
+            new = formula.updated(torch, spec, first, batch, known if known is True else known[:, None], rate)
             changes += [(first[name], value) for name, value in new.items()]
         _write(changes)
+
+
+def _all_finite(values: Sequence[Tensor]) -> bool:
+    """Whether everything is finite; False where a look at the values costs something or is not allowed."""
+    if watched() or values[0].device.type != "cpu":
+        return False
+    return all(math.isfinite(value.sum(dtype=torch.float64).item()) for value in values)
 
 
 def watched() -> bool:

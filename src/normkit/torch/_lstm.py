@@ -187,13 +187,15 @@ class _Loop(torch.autograd.Function):
         of_step = zip(*(t.split(sizes) for t in (active, cells, shown, out)), strict=True)
         for t, (z, new, tanh, now) in enumerate(of_step):
             n = sizes[t]
-            a = times(h[:n])
+            if n < len(h):
+                h, c = h[:n], c[:n]
+            a = times(h)
             raw.append(a)
             norm.forward(t, row, a, place + row * step, z)
             i_f[t].sigmoid_()
             g_[t].tanh_()
             o_[t].sigmoid_()
-            c = torch.mul(f_[t], c[:n], out=new).addcmul_(i_[t], g_[t])
+            c = torch.mul(f_[t], c, out=new).addcmul_(i_[t], g_[t])
             norm_c.forward(t, row, c, 0, tanh)
             tanh.tanh_()
             h = torch.mul(o_[t], tanh, out=now)
@@ -233,16 +235,19 @@ class _Loop(torch.autograd.Function):
         dgamma_c, dbeta_c = (gates.new_empty(len(sizes), units) for _ in range(2))
         # Rows of sequences that ended before are 0 until the loop, coming from the end, reaches them.
         dh, dc = torch.zeros_like(h), torch.zeros_like(c)
-        spare = torch.empty_like(h), torch.empty_like(h)
+        spare, other = torch.empty_like(h), torch.empty_like(h)
+        dh_t, dc_t, a, b = dh[:0], dc[:0], spare, other
         i_, f_, g_, o_ = (part.split(sizes) for part in active.split(units, 1))
         di, df, dg, do = (part.split(sizes) for part in dgates.split(units, 1))
         dz, da, cell, tanh = (t.split(sizes) for t in (dgates, draw, cells, shown))
         outer = None if dout is None else dout.split(sizes)
         outer_c = None if dcells is None else dcells.split(sizes)
+        before_ = [c, *(part[:n] for part, n in zip(cell, sizes[1:], strict=False))]
         starts, times = [0, *accumulate(sizes)], _times(weight.t().contiguous())
         for t in reversed(range(len(sizes))):
             n, row = sizes[t], starts[t]
-            dh_t, dc_t, a, b = dh[:n], dc[:n], spare[0][:n], spare[1][:n]
+            if n > len(dh_t):
+                dh_t, dc_t, a, b = (part[:n] for part in (dh, dc, spare, other))
             i, f, g, o, seen = i_[t], f_[t], g_[t], o_[t], tanh[t]
             if outer is not None:
                 dh_t.add_(outer[t])
@@ -254,7 +259,7 @@ class _Loop(torch.autograd.Function):
             dc_t.add_(a)
             _sigmoid_backward(torch.mul(dc_t, g, out=a), i, grad_input=di[t])
             _tanh_backward(torch.mul(dc_t, i, out=a), g, grad_input=dg[t])
-            _sigmoid_backward(torch.mul(dc_t, cell[t - 1][:n] if t else c, out=a), f, grad_input=df[t])
+            _sigmoid_backward(torch.mul(dc_t, before_[t], out=a), f, grad_input=df[t])
             dc_t.mul_(f)
             norm.backward(t, row, dz[t], raw[t], da[t], dgamma[t], dbeta[t])
             dh_t.copy_(times(da[t]))

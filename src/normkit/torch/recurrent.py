@@ -458,7 +458,7 @@ class _NormRNN(WideBuffers, _Layer, nn.RNNBase):
         """Return the same where the compiled loop of the LSTM takes it, else None."""
         affine = [values.get(kind) for kind in ("hh", "c") for values in (norms.gammas, norms.betas)]
         there = [t for t in (gates, *states, weight, *affine) if t is not None]
-        if self.mode != "LSTM" or not _lstm.COMPILED or not norms.loops(gates):
+        if self.mode != "LSTM" or not _lstm.COMPILED or torch.compiler.is_compiling() or not norms.loops(gates):
             return None
         if needs_plain(*there) or not _lstm.usable(*there):
             return None
@@ -736,8 +736,8 @@ class LayerNormGRU(_LayerNormRNN):
     h' = (1 - sigmoid(z + z_h)) * n' + sigmoid(z + z_h) * h
 
     As in the paper's supplement, LN takes the gates r and z of a sample together and the candidate n by itself;
-    practice often takes all 3 * hidden values together. As in PyTorch, and not in the paper, z weighs the old state. The
-    recurrence of h is not normalized. Everything else is as in :class:`LayerNormLSTM`, without gamma_c and beta_c.
+    practice often takes all 3 * hidden values together. As in PyTorch, and not in the paper, z weighs the old state.
+    The recurrence of h is not normalized. Everything else is as in :class:`LayerNormLSTM`, without gamma_c and beta_c.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: of torch.nn.GRU.
