@@ -59,7 +59,7 @@ class _Product(torch.autograd.Function):
         return _product(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         plain = torch.is_grad_enabled()  # whose gradient may be asked for
         dx = dw = None
@@ -94,7 +94,7 @@ class Kernels:
         eps: added to the variance.
     """
 
-    numbers: tuple[Callable[[int], tuple[int, ...]], Callable[[int], tuple[int, ...]]]
+    numbers: Sequence[Callable[[int], tuple[int, ...]]]
     by_row: bool
     given: Sequence[bool]
     eps: float
@@ -221,7 +221,7 @@ class _Loop(torch.autograd.Function):
         return out, cells
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dcells: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None, dcells: Tensor | None) -> tuple[Tensor | None, ...]:
         gates, h, c, weight, gamma, beta, gamma_c, beta_c, of_state, of_cell, *kept = ctx.saved_tensors
         sizes, kernels, again = ctx.loop
         if torch.is_grad_enabled():

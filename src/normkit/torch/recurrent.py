@@ -114,7 +114,9 @@ class _Norms:
 
 @functools.cache
 def _rows_of(width: int, n: int) -> tuple[int, ...]:
-    return geometry("layer_norm", plan.plan(catalog.LAYER, 2, (("*c", (width,)),)), (n, width), "contiguous").numbers
+    found = geometry("layer_norm", plan.plan(catalog.LAYER, 2, (("*c", (width,)),)), (n, width), "contiguous")
+    assert not isinstance(found, str)
+    return found.numbers
 
 
 @functools.cache
@@ -181,7 +183,7 @@ class _ByKept(_Norms):
                     values[place, given.index(True) :] = self.kept[kind][name].index_select(0, rows)
         return found
 
-    def fixed(self) -> _Norms:
+    def fixed(self) -> _ByKept:
         kept = {kind: {name: t.clone() for name, t in values.items()} for kind, values in self.kept.items()}
         return replace(self, kept=kept, count=None if self.count is None else self.count.clone())
 
@@ -214,8 +216,10 @@ class _ByBatch(_ByKept):
     nonfinite: str = "skip"
     seen: dict[str, list[Moments]] = field(default_factory=lambda: {"ih": [], "hh": [], "c": []})
 
-    def fixed(self) -> _Norms:
-        return replace(super().fixed() if 1 in self.sizes else self, seen={"ih": [], "hh": [], "c": []})
+    def fixed(self) -> _ByBatch:
+        found = super().fixed() if 1 in self.sizes else self
+        assert isinstance(found, _ByBatch)
+        return replace(found, seen={"ih": [], "hh": [], "c": []})
 
     def given(self) -> list[bool]:
         return [n == 1 for n in self.sizes]
@@ -321,9 +325,7 @@ class _NormRNN(WideBuffers, _Layer, nn.RNNBase):
         cell = {"c": getattr(self, f"beta_c{suffix}")} if "c" in gammas else {}
         return {"gammas": gammas, "betas": {**biases, **cell}}
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor | PackedSequence, hx: Any = None, *, mask: Tensor | None = None
-    ) -> tuple[Any, Any]:
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None, *, mask: Tensor | None = None) -> tuple[Any, Any]:
         """Run over the sequences; see the class."""
         if mask is not None:
             return self._padded(input, hx, mask)
@@ -554,7 +556,7 @@ class _BatchNormRNN(_NormRNN):
         self.reset_running_stats()
 
     def _norms(self, suffix: str, sizes: list[int]) -> _Norms:
-        own = self._own(suffix)
+        own: dict[str, Any] = self._own(suffix)
         kept = {
             kind: {name: getattr(self, f"running_{name}_{kind}{suffix}") for name in ("mean", "var")}
             for kind in own["gammas"]
