@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+import normkit
 import normkit.torch as nk
 from normkit.errors import NormTypeError, NormValueError
 from normkit.torch import _lstm
@@ -495,6 +496,13 @@ def test_first_values():
                 assert p.any()
     text = repr(nk.BatchNormLSTM(F, H, 2, max_steps=7))
     assert text == "BatchNormLSTM(3, 2, num_layers=2, max_steps=7, momentum=0.1, eps=1e-05)"
+
+
+def test_no_decay_of_gains():
+    layer = nk.BatchNormLSTM(F, H)
+    groups = normkit.param_groups(layer, weight_decay=0.1)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert {name for name, p in layer.named_parameters() if id(p) in decayed} == {"weight_ih_l0", "weight_hh_l0"}
 
 
 def test_dropout_between_layers():
