@@ -51,6 +51,7 @@ _ARGUMENTS = {
     "bidirectional": Flag(),
     "max_steps": Integer(1),
 }
+_THEIRS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
 _GATES = {"LSTM": 4, "GRU": 3}
 _KEPT = tuple(replace(catalog.BATCH, tracked=tuple(replace(t, bessel=b and t.bessel) for t in catalog.BATCH.tracked))
               for b in (False, True))  # fmt: skip
@@ -277,14 +278,14 @@ class _NormRNN(WideBuffers, _Layer, nn.RNNBase):
     _mode: ClassVar[str]
     _gamma: ClassVar[float]
 
-    def _setup(self, arguments: dict[str, Any], proj_size: int, device: Device, dtype: Any, **others: Any) -> None:
-        """Validate and construct: `arguments` are those of the parent in torch.nn, in its order."""
+    def _setup(self, theirs: tuple[Any, ...], proj_size: int, device: Device, dtype: Any, **others: Any) -> None:
+        """Validate and construct: `theirs` are the arguments of the parent in torch.nn, named in `_THEIRS`."""
         owner = type(self).__name__
-        check(owner, _ARGUMENTS, {**arguments, **others})
+        check(owner, _ARGUMENTS, {**dict(zip(_THEIRS, theirs, strict=True)), **others})
         if proj_size != 0:
             must = f"{owner}: `proj_size` must be 0: a projection of h has no place in the papers' formulas"
             raise NormValueError(message(must, repr(proj_size), "a linear layer behind this one"))
-        super().__init__(self._mode, *arguments.values(), device=device, dtype=dtype)
+        super().__init__(self._mode, *theirs, device=device, dtype=dtype)
         for name, value in others.items():
             setattr(self, name, value)
         for suffix in self._suffixes():
@@ -523,17 +524,9 @@ class _BatchNormRNN(_NormRNN):
         bessel: bool = True,
         nonfinite: str = "skip",
     ) -> None:
-        arguments = {
-            "input_size": input_size,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "bias": bias,
-            "batch_first": batch_first,
-            "dropout": dropout,
-            "bidirectional": bidirectional,
-        }
+        theirs = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         others = {"max_steps": max_steps, "momentum": momentum, "eps": eps, "bessel": bessel, "nonfinite": nonfinite}
-        self._setup(arguments, proj_size, device, dtype, **others)
+        self._setup(theirs, proj_size, device, dtype, **others)
         for suffix in self._suffixes():
             for kind, width in self._widths().items():
                 for name in ("mean", "var"):
@@ -594,16 +587,8 @@ class _LayerNormRNN(_NormRNN):
         *,
         eps: float = 1e-5,
     ) -> None:
-        arguments = {
-            "input_size": input_size,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "bias": bias,
-            "batch_first": batch_first,
-            "dropout": dropout,
-            "bidirectional": bidirectional,
-        }
-        self._setup(arguments, proj_size, device, dtype, eps=eps)
+        theirs = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        self._setup(theirs, proj_size, device, dtype, eps=eps)
 
     def _norms(self, suffix: str, sizes: list[int]) -> _Norms:
         groups = recurrent.layer_norm_groups(_GATES[self.mode], self.hidden_size)
@@ -678,7 +663,10 @@ class BatchNormGRU(_BatchNormRNN):
 
     The paper has the LSTM only; this is its rule: the products are normalized, the recurrence of h is not. There is no
     cell to normalize on its way to the output. Everything else, steps, padding, statistics and first values, is as in
-    :class:`BatchNormLSTM`, with three gates in place of four and without gamma_c and beta_c.
+    :class:`BatchNormLSTM`, without gamma_c and beta_c.
+
+    Shapes: as torch.nn.GRU, and its weights; gamma_ih_l0, gamma_hh_l0 (3 * hidden,), running_mean_*_l0 and
+    running_var_*_l0 (max_steps, 3 * hidden), num_batches_tracked_l0 (max_steps,).
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: of torch.nn.GRU.
@@ -740,6 +728,8 @@ class LayerNormGRU(_LayerNormRNN):
     As in the paper's supplement, LN takes the gates r and z of a sample together and the candidate n by itself;
     practice often takes all 3 * hidden values together. As in PyTorch, and not in the paper, z weighs the old state.
     The recurrence of h is not normalized. Everything else is as in :class:`LayerNormLSTM`, without gamma_c and beta_c.
+
+    Shapes: as torch.nn.GRU, and its weights; gamma_ih_l0, gamma_hh_l0 (3 * hidden,).
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: of torch.nn.GRU.
