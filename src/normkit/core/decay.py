@@ -8,8 +8,13 @@ __all__ = ["looks_like_a_norm", "undecayed"]
 
 
 def undecayed(name: str, shape: Sequence[int], *, norm: bool, biases: bool) -> bool:
-    """Whether a parameter stays without decay: one of a norm layer, or a bias unless `biases` are to decay."""
-    return norm or (not biases and "bias" in name.split("_") and _is_vector(shape))
+    """Whether a parameter stays without decay: of a norm layer, a gain by name, or a bias unless `biases` are to decay.
+
+    Gains by name are those of recurrent layers with norms inside: gamma_hh_l0, beta_c_l0.
+    """
+    words = name.split("_")
+    named = "gamma" in words or "beta" in words or (not biases and "bias" in words)
+    return norm or (named and _is_vector(shape))
 
 
 def looks_like_a_norm(kind: type, shapes: Iterable[Sequence[int]]) -> bool:

@@ -9,15 +9,10 @@ from normkit.torch.further import *  # noqa: F403
 from normkit.torch.further import __all__ as _further
 from normkit.torch.layers import *  # noqa: F403
 from normkit.torch.layers import __all__ as _layers
+from normkit.torch.recurrent import *  # noqa: F403
+from normkit.torch.recurrent import __all__ as _recurrent
 from normkit.torch.synchronized import SyncBatchNorm as SyncBatchNorm
 
-__all__ = [
-    "FrozenBatchNorm2d",
-    "SyncBatchNorm",
-    "functional",
-    "load_folded",
-    "norm_layer",
-    "use_kernel",
-    *_layers,
-    *_further,
-]
+__all__ = ["FrozenBatchNorm2d", "SyncBatchNorm", "functional", "load_folded", "norm_layer", "use_kernel", *_layers]
+__all__ += _further
+__all__ += _recurrent

@@ -15,7 +15,7 @@ from normkit.core.plan import NormPlan
 from normkit.core.spec import NormSpec
 from normkit.errors import NormRuntimeError, message
 
-__all__ = ["WideBuffers", "keep", "recomputing", "watched"]
+__all__ = ["WideBuffers", "keep", "keep_rows", "recomputing", "watched"]
 
 
 def keep(
@@ -49,9 +49,7 @@ def keep(
             rate = 1.0 / (count + 1).to(torch.float64 if count.device.type != "mps" else torch.float32)
         device = next(iter(kept.values())).device
         if not watched() and known is True and device.type == "cpu":  # a look at the values costs nothing here
-            if nonfinite == "skip" and not all(
-                math.isfinite(v.sum(dtype=torch.float64).item()) for v in batch.values()
-            ):
+            if nonfinite == "skip" and not _all_finite(list(batch.values())):
                 return
             new = formula.updated(torch, spec, kept, batch, known, rate)
             _write([(kept[name], value) for name, value in new.items()])
@@ -68,6 +66,44 @@ def keep(
         if count is not None:
             changes.append((count, count + counted))
         _write(changes)
+
+
+def keep_rows(
+    spec: NormSpec,
+    kept: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+    count: Tensor,
+    rows: int,
+    *,
+    momentum: float | None,
+    nonfinite: str,
+) -> None:
+    """Write statistics that have a row for each time step, the first `rows` of them, and add one to `count` there.
+
+    `kept` has buffers (max_steps, C) and what this batch was seen to have (rows, C), for each thing that is normalized.
+    `momentum` as in :func:`keep`. A row in which anything is not finite changes nothing, unless `nonfinite` is
+    "update".
+    """
+    with torch.no_grad():
+        counted = count[:rows]
+        known: Any = True
+        if nonfinite == "skip" and not _all_finite([value for _, batch in kept for value in batch.values()]):
+            known = torch.stack([value.isfinite().all(1) for _, batch in kept for value in batch.values()]).all(0)
+        rate: Any = momentum
+        if momentum is None:
+            rate = 1.0 / (counted + 1).to(next(iter(kept[0][0].values())).dtype)[:, None]
+        changes: list[tuple[Tensor, Any]] = [(counted, counted + known)]
+        for buffers, batch in kept:
+            first = {name: buffer[:rows] for name, buffer in buffers.items()}
+            new = formula.updated(torch, spec, first, batch, known if known is True else known[:, None], rate)
+            changes += [(first[name], value) for name, value in new.items()]
+        _write(changes)
+
+
+def _all_finite(values: Sequence[Tensor]) -> bool:
+    """Whether everything is finite; False where a look at the values costs something or is not allowed."""
+    if watched() or values[0].device.type != "cpu":
+        return False
+    return all(math.isfinite(value.sum(dtype=torch.float64).item()) for value in values)
 
 
 def watched() -> bool:
