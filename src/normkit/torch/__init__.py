@@ -7,6 +7,11 @@ from normkit.torch.constant import FrozenBatchNorm2d as FrozenBatchNorm2d
 from normkit.torch.factory import norm_layer as norm_layer
 from normkit.torch.layers import *  # noqa: F403
 from normkit.torch.layers import __all__ as _layers
+from normkit.torch.normalizer_free import *  # noqa: F403
+from normkit.torch.normalizer_free import __all__ as _without
 from normkit.torch.synchronized import SyncBatchNorm as SyncBatchNorm
+from normkit.torch.weights import *  # noqa: F403
+from normkit.torch.weights import __all__ as _weights
 
-__all__ = ["FrozenBatchNorm2d", "SyncBatchNorm", "functional", "load_folded", "norm_layer", "use_kernel", *_layers]
+__all__ = ["FrozenBatchNorm2d", "SyncBatchNorm", "functional", "load_folded", "norm_layer", "use_kernel"]
+__all__ += [*_layers, *_without, *_weights]
