@@ -13,7 +13,7 @@ import normkit.torch as nk
 from normkit.core.catalog import CATALOG
 from normkit.core.spec import ARGUMENTS
 from normkit.errors import NormTypeError, NormValueError
-from normkit.torch import functional
+from normkit.torch import functional, normalizer_free, weights
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(4, 8, 5, 3, generator=G) * 2 + 1

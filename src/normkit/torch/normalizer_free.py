@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from normkit.core.constraints import Integer, Real, check
+from normkit.core.constraints import Constraint, Integer, Real, check
 from normkit.core.weights import clipping_factor, gain_after
 from normkit.errors import NormTypeError, NormValueError, message, nearest
 from normkit.torch._execute import accumulator
@@ -15,7 +15,7 @@ from normkit.torch.functional import ACTIVATIONS
 
 __all__ = ["SkipInit", "activation_gain", "adaptive_gradient_clipping"]
 
-_CLIPPING = {"clipping": Real(0.0, above=True), "eps": Real(0.0, above=True), "dim": Integer(0)}
+_CLIPPING: dict[str, Constraint] = {"clipping": Real(0.0, above=True), "eps": Real(0.0, above=True), "dim": Integer(0)}
 _SKIP = {"initial": Real()}
 
 

@@ -102,8 +102,8 @@ def _undecayed(module: nn.Module, biases: bool) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def _named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Parameters of a module's own, those behind its parametrized tensors by the names of these; and which are gains."""
+def _named(module: Any) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Parameters of a module's own and, by their names, those behind parametrized tensors; and which are gains."""
     own = dict(module.named_parameters(recurse=False))
     for name, parameter in own.items():
         # torch.nn.utils.weight_norm, from before there were parametrizations, names length and direction so.

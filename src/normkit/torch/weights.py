@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkit.core.constraints import Flag, Integer, Optional, Real, check
+from normkit.core.constraints import Constraint, Flag, Integer, Optional, Real, check
 from normkit.core.plan import compile_plan, plan
 from normkit.core.spec import ARGUMENTS, NormSpec
 from normkit.core.weights import WEIGHT_NORM, WEIGHT_STANDARDIZATION, gain_of_norm, gain_of_scaled
@@ -41,7 +41,7 @@ Dim = int | Literal["output"] | None
 _MAPS = (nn.Linear, nn.modules.conv._ConvNd)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 _SMALLEST = -sys.maxsize  # any whole number: how many axes there are is seen later
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, Constraint] = {
     "dim": Optional(Integer(_SMALLEST)),
     "groups": Integer(1),
     "eps": ARGUMENTS["eps"],
@@ -380,7 +380,7 @@ def initialize_weight_norm(model: nn.Module, inputs: Any) -> nn.Module:
     return model
 
 
-def _opened(who: str, module: nn.Module, name: str, dim: Dim) -> tuple[Tensor, dict[str, Any]]:
+def _opened(who: str, module: Any, name: str, dim: Dim) -> tuple[Tensor, dict[str, Any]]:
     """The weights of that name, and how they are divided into units."""
     if not isinstance(module, nn.Module):
         raise NormTypeError(message(f"{who}: `module` must be a torch.nn.Module", type(module).__name__))
@@ -391,7 +391,8 @@ def _opened(who: str, module: nn.Module, name: str, dim: Dim) -> tuple[Tensor, d
         held = ", ".join(own for own, p in module._parameters.items() if p is not None) or "no parameters"
         must = f"{who}: `name` must be that of a parameter of {type(module).__name__}"
         raise NormValueError(message(must, repr(name), f"it has {held}"))
-    if parametrized and any(isinstance(p, _PerUnit) for p in module.parametrizations[name]):
+    behind: Any = module.parametrizations if parametrized else {name: ()}
+    if any(isinstance(p, _PerUnit) for p in behind[name]):
         must = f"{who}: weights must not be normalized already"
         raise NormValueError(message(must, f"`{name}` of {type(module).__name__}", "remove_parametrizations first"))
     if dim != "output":
@@ -399,7 +400,7 @@ def _opened(who: str, module: nn.Module, name: str, dim: Dim) -> tuple[Tensor, d
     return weight, _output(module, name)
 
 
-def _output(module: nn.Module, name: str) -> dict[str, Any]:
+def _output(module: Any, name: str) -> dict[str, Any]:
     if name == "weight" and isinstance(module, _TRANSPOSED):
         return {"dim": 1, "groups": module.groups}
     return {"dim": 0, "groups": 1}
@@ -412,12 +413,12 @@ def _registered(module: nn.Module, name: str, made: _PerUnit, weight: Tensor) ->
     return module
 
 
-def _is_normalized_map(module: nn.Module) -> bool:
+def _is_normalized_map(module: Any) -> bool:
     named = isinstance(module, _MAPS) and parametrize.is_parametrized(module, "weight")
     return named and isinstance(module.parametrizations.weight[0], WeightNorm)
 
 
-def _check_initializable(path: str, module: nn.Module) -> None:
+def _check_initializable(path: str, module: Any) -> None:
     norms = module.parametrizations.weight
     units = {"dim": norms[0].dim, "groups": norms[0].groups}
     axes = norms.original1.dim()
@@ -429,7 +430,7 @@ def _check_initializable(path: str, module: nn.Module) -> None:
         raise NormValueError(message(must, ", ".join(module.parametrizations)))
 
 
-def _trained(module: nn.Module) -> list[Tensor]:
+def _trained(module: Any) -> list[Tensor]:
     """Length and bias of a weight normalized map."""
     bias = module._parameters["bias"]
     return [module.parametrizations.weight.original0, *([] if bias is None else [bias])]
