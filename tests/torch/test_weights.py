@@ -330,6 +330,7 @@ def test_copies_states_training_and_removal(name):
 @pytest.mark.parametrize("layer", ["2d", "transposed 2d"])
 @pytest.mark.parametrize("name", NORMS)
 def test_compiled_in_one_graph(name, layer):
+    torch.compiler.reset()  # of which layers were compiled before
     made, shape = MAPS[layer]
     layer = NORMS[name](drawn(made(), torch.float32))
     x = torch.randn(shape, generator=G)
