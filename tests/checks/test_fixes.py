@@ -145,5 +145,11 @@ def test_what_rules_ask_for_is_a_verb_with_these_arguments(file, verb, names):
 
 def test_layers_of_keras_are_not_exchanged(monkeypatch):
     monkeypatch.setattr("normkit.checks.fixes.framework_of", lambda model: "keras")
-    with pytest.raises(normkit.NormError, match=r"to exchange its layers; got a model of keras"):
+    said = r"layers to be exchanged in place; got a model of keras\. hint: take the model that the line returns"
+    with pytest.raises(normkit.NormError, match=said):
         Subject(network(), None, 1, lambda: None).structure()
+    found = check(stale())
+    line = 'model = normkit.replace(model, {"1": "group"})'
+    asked = Finding("warning", "1", "", fix=Fix(line, "replace", {"path": "1", "norm": "group"}, safe=True))
+    after = dataclasses.replace(found, findings=(asked,)).fix()
+    assert after.notes[0].startswith(f"not done: {line}: `model` must be a torch.nn.Module")

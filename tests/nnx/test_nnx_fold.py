@@ -11,7 +11,7 @@ from nnx_required import jax, nnx, optax
 import normkit
 import normkit.nnx as nk
 from normkit.errors import NormError
-from normkit.nnx import folding
+from normkit.nnx import folding, surgery
 
 jnp = jax.numpy
 # Of the largest output, the limit for float32: a fold rounds each weight once, 6e-8.
@@ -341,11 +341,11 @@ def test_an_exception_in_the_middle_changes_nothing(monkeypatch, error):
     before, held = np.asarray(model(x)), list(model.pair)
     subject = folding.opened(model, x)
     folds = list(normkit.surgery.folding.planned(subject))
-    after = folding.evaluated
-    monkeypatch.setattr(folding, "evaluated", broken)
+    after = surgery.evaluated
+    monkeypatch.setattr(surgery, "evaluated", broken)
     with pytest.raises(error):
         subject.finish(folds, inplace=True, optimizer=None)
-    monkeypatch.setattr(folding, "evaluated", after)
+    monkeypatch.setattr(surgery, "evaluated", after)
     assert same(values(model), state)
     assert all(one is other for one, other in zip(model.pair, held, strict=True))
     assert model.pair[0].bias is None

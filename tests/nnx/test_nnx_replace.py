@@ -187,6 +187,11 @@ def test_errors():
         normkit.replace(model, {"batch": "group"}, optimizer=object())
     with pytest.raises(NormError, match="every entry of `which` must mean a layer"):
         normkit.remove(model, "instance")
+    for verb in (normkit.sync, normkit.unsync):
+        with pytest.raises(
+            NormError, match=r"a torch\.nn\.Module; got a model of nnx\. hint: make the layers with `axis_name=`"
+        ):
+            verb(model)
     with pytest.raises(NormError, match="a norm that can be replaced"):
         normkit.replace(network_of(nk.BatchNorm(C, rngs=RNGS)), accelerated=True)
     report = normkit.replace(model, {"batch": "group"}, dry_run=True)

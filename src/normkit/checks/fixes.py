@@ -41,11 +41,16 @@ class Subject:
         return found
 
     def structure(self) -> Undo:
-        """What makes the model of the layers of now again. Raises NormTypeError where layers cannot be exchanged."""
+        """What makes the model of the layers of now again.
+
+        Raises NormTypeError where layers are not exchanged in place: `normkit.replace` and `normkit.remove` give a new
+        Keras model, and a fix is of the model that was checked.
+        """
         framework = framework_of(self.model)
         if framework != "torch":
-            must = "`model` must be a torch.nn.Module, to exchange its layers"
-            raise NormTypeError(message(must, f"a model of {framework}", "change the function that builds it"))
+            must = "`model` must be a torch.nn.Module, for layers to be exchanged in place"
+            hint = "take the model that the line returns, and check that"
+            raise NormTypeError(message(must, f"a model of {framework}", hint))
         back: Undo = part(framework, "examination").structure(self.model)
         return back
 

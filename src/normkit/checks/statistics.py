@@ -56,7 +56,12 @@ class Scatter:
     @property
     def noise(self) -> float:
         """The noise of the mean, over all channels: the root of the mean square."""
-        return float(np.sqrt(np.square(self.mean).mean()))
+        return _root_mean_square(self.mean)
+
+    @property
+    def noise_of_std(self) -> float:
+        """The same of the standard deviation."""
+        return _root_mean_square(self.std)
 
 
 def scatter(calls: Sequence[Call], eps: float) -> Scatter | None:
@@ -73,6 +78,10 @@ def scatter(calls: Sequence[Call], eps: float) -> Scatter | None:
     known = [call.between / call.shape[0] for call in told if call.between is not None]
     expected = np.sqrt(np.mean(known, axis=0)) / sigma if len(known) == len(told) else None
     return Scatter(len(told), min(call.shape[0] for call in told), mean, std, expected, population)
+
+
+def _root_mean_square(values: NDArray[Any]) -> float:
+    return float(np.sqrt(np.square(values).mean()))
 
 
 def stale(layer: Layer, calls: Sequence[Call], limits: Mapping[str, float]) -> float:

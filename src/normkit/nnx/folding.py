@@ -18,7 +18,7 @@ from normkit.nnx.graph import capture, joined, variables
 from normkit.nnx.probe import as_arrays
 from normkit.nnx.sites import sites
 from normkit.nnx.states import is_frozen
-from normkit.nnx.surgery import OLD_OPTIMIZER, all_or_nothing, check_no_optimizer, evaluated, modules, place
+from normkit.nnx.surgery import Subject, evaluated, modules, place
 from normkit.surgery.folding import Fold, changed, resembling, settled
 from normkit.surgery.graph import Node
 from normkit.surgery.sites import Site
@@ -35,23 +35,17 @@ def opened(model: nnx.Module, example: Any) -> _Opened:
     return _Opened(model, example)
 
 
-class _Opened:
+class _Opened(Subject):
     """See `normkit.surgery.folding.Opened`."""
 
-    without_optimizer = OLD_OPTIMIZER
-
     def __init__(self, model: nnx.Module, example: Any) -> None:
-        self._model, self._example = model, example
-        self._before = evaluated(model, example)  # what the model itself says against the example is heard here
+        super().__init__(model, example)
         found = [site for site in sites(model) if site.path]
         self._flow = capture(model, as_arrays(example, model), {site.path for site in found})
         self._variables = variables(model)
         layers = modules(model)
         self.graph = self._flow.graph
         self.sites = tuple(self._as_called(site, layers[site.path]) for site in found)
-
-    def check(self, inplace: bool, optimizer: Any) -> None:  # noqa: ARG002  # NNX can do that
-        check_no_optimizer(optimizer)
 
     def run(self, node: Node, values: Mapping[int, Any]) -> Any:
         return self._flow.run(node, values)
@@ -72,11 +66,9 @@ class _Opened:
 
     def finish(self, folds: Sequence[Fold], *, inplace: bool, optimizer: Any) -> tuple[Any, float]:
         self.check(inplace, optimizer)
-        result = self._model if inplace else nnx.clone(self._model)
-        with all_or_nothing(result):
-            self.apply(result, folds)
-            after = evaluated(result, self._example)
-        return result, largest_change(self._before, after)
+        result, difference = self.changed(lambda model: self.apply(model, folds), inplace)
+        assert difference is not None
+        return result, difference
 
     def value(self, own: Mapping[str, Any], state: str) -> np.ndarray | None:
         """A variable in float64, a kernel in the order of the rules; None where there is none."""

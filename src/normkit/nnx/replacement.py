@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from normkit.core.algebra import largest_change
 from normkit.core.record import NormRecord
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.nnx import layers, porting
@@ -19,7 +18,7 @@ from normkit.nnx.graph import variables
 from normkit.nnx.probe import as_arrays, calls_replaced, forward
 from normkit.nnx.sites import sites
 from normkit.nnx.states import given_class, keep_mode
-from normkit.nnx.surgery import OLD_OPTIMIZER, all_or_nothing, check_no_optimizer, evaluated, modules, place
+from normkit.nnx.surgery import Subject, modules, place
 from normkit.surgery.conversion import write
 from normkit.surgery.sites import Site
 
@@ -35,21 +34,15 @@ def opened(model: nnx.Module, example: Any) -> _Opened:
     return _Opened(model, example)
 
 
-class _Opened:
+class _Opened(Subject):
     """See `normkit.surgery.replacement.Opened`."""
 
-    without_optimizer = OLD_OPTIMIZER
-
     def __init__(self, model: nnx.Module, example: Any) -> None:
-        self._model, self._example = model, example
-        self._before = None if example is None else evaluated(model, example)
+        super().__init__(model, example)
         self._layers = modules(model)
         self._made: dict[str, nnx.Module] = {}
         self.sites = tuple(site for site in sites(model) if site.path)  # the model itself has no place in a model
         self._ndims = {} if example is None else self._called_with()
-
-    def check(self, inplace: bool, optimizer: Any) -> None:  # noqa: ARG002  # NNX can do that
-        check_no_optimizer(optimizer)
 
     def layer(self, path: str) -> Any:
         return self._layers[path]
@@ -93,16 +86,13 @@ class _Opened:
 
     def finish(self, *, inplace: bool, optimizer: Any) -> tuple[Any, float | None]:
         self.check(inplace, optimizer)
-        result = self._model if inplace else nnx.clone(self._model)
-        after = None
-        with all_or_nothing(result):
-            found = modules(result)
-            for path, made in self._made.items():
-                _take_over(made, found[path])
-                place(result, found[path], made)
-            if self._before is not None:
-                after = evaluated(result, self._example)
-        return result, None if self._before is None or after is None else largest_change(self._before, after)
+        return self.changed(self._exchange, inplace)
+
+    def _exchange(self, model: nnx.Module) -> None:
+        found = modules(model)
+        for path, made in self._made.items():
+            _take_over(made, found[path])
+            place(model, found[path], made)
 
     def _called_with(self) -> dict[str, int]:
         copy = nnx.clone(self._model)

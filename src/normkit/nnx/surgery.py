@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from normkit.core.algebra import largest_change
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.nnx.graph import joined
 from normkit.nnx.probe import as_arrays, forward
 
-__all__ = ["OLD_OPTIMIZER", "all_or_nothing", "check_no_optimizer", "evaluated", "modules", "place"]
+__all__ = ["Subject", "all_or_nothing", "evaluated", "modules", "place"]
 
-OLD_OPTIMIZER = "an nnx.Optimizer made before holds the state of another structure: make a new one"
+
+class Subject:
+    """What holds of every change of a model of Flax NNX: see `normkit.surgery.protocol.Subject`."""
+
+    without_optimizer = "an nnx.Optimizer made before holds the state of another structure: make a new one"
+
+    def __init__(self, model: nnx.Module, example: Any) -> None:
+        self._model, self._example = model, example
+        # What the model itself says against the example is heard here.
+        self._before = None if example is None else evaluated(model, example)
+
+    def check(self, inplace: bool, optimizer: Any) -> None:  # noqa: ARG002  # NNX can do that
+        """Raise for what NNX cannot do."""
+        if optimizer is not None:
+            must = "`optimizer` must be None for NNX, whose optimizers hold their state by the structure of the model"
+            raise NormValueError(message(must, type(optimizer).__name__, "make a new nnx.Optimizer of the result"))
+
+    def changed(self, change: Callable[[nnx.Module], None], inplace: bool) -> tuple[Any, float | None]:
+        """The model or a copy, changed, all or nothing, and the relative change of the outputs on the example."""
+        result = self._model if inplace else nnx.clone(self._model)
+        with all_or_nothing(result):
+            change(result)
+            after = None if self._before is None else evaluated(result, self._example)
+        return result, None if self._before is None or after is None else largest_change(self._before, after)
 
 
 def modules(model: nnx.Module) -> dict[str, Any]:
@@ -37,13 +61,6 @@ def evaluated(model: nnx.Module, example: Any) -> list[np.ndarray]:
         must = "`model` must return arrays, also within mappings and sequences, to be compared"
         raise NormTypeError(message(must, type(output).__name__))
     return [array.astype(np.float64) for array in arrays]
-
-
-def check_no_optimizer(optimizer: Any) -> None:
-    """Raise NormValueError for an optimizer."""
-    if optimizer is not None:
-        must = "`optimizer` must be None for NNX, whose optimizers hold their state by the structure of the model"
-        raise NormValueError(message(must, type(optimizer).__name__, "make a new nnx.Optimizer of the result"))
 
 
 def place(model: nnx.Module, old: Any, new: Any) -> None:

@@ -86,7 +86,9 @@ def param_groups(model: Any, weight_decay: float, *, biases: bool = False) -> An
 
     Each trainable parameter is in one group, once, also where modules share it; frozen ones are in none. Norms are the
     known classes and their subclasses, and modules that have `norm` in the name of their class and nothing but vectors
-    as parameters of their own. A parameter shared with a norm is not decayed.
+    as parameters of their own. A parameter shared with a norm is not decayed. In PyTorch, what is behind a parametrized
+    tensor counts as that tensor; lengths of weight norm, gains of scaled weight standardization and the scalar of
+    SkipInit are gains as gamma is, and not decayed.
 
     Args:
         model: a torch.nn.Module, a built Keras model or an nnx.Module.

@@ -9,10 +9,13 @@ from normkit.torch.further import *  # noqa: F403
 from normkit.torch.further import __all__ as _further
 from normkit.torch.layers import *  # noqa: F403
 from normkit.torch.layers import __all__ as _layers
+from normkit.torch.normalizer_free import *  # noqa: F403
+from normkit.torch.normalizer_free import __all__ as _without
 from normkit.torch.recurrent import *  # noqa: F403
 from normkit.torch.recurrent import __all__ as _recurrent
 from normkit.torch.synchronized import SyncBatchNorm as SyncBatchNorm
+from normkit.torch.weights import *  # noqa: F403
+from normkit.torch.weights import __all__ as _weights
 
-__all__ = ["FrozenBatchNorm2d", "SyncBatchNorm", "functional", "load_folded", "norm_layer", "use_kernel", *_layers]
-__all__ += _further
-__all__ += _recurrent
+__all__ = ["FrozenBatchNorm2d", "SyncBatchNorm", "functional", "load_folded", "norm_layer", "use_kernel"]
+__all__ += [*_layers, *_further, *_recurrent, *_without, *_weights]

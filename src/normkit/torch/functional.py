@@ -689,6 +689,8 @@ def _rms(
         spec = _GAINS[spec, gain]
     except KeyError:
         raise NormValueError(message("`gain` must be 'w' or '1+w'", repr(gain))) from None
+    if cast not in ("llama", "gemma", "none"):
+        raise NormValueError(message("`cast` must be 'llama', 'gemma' or 'none'", repr(cast)))
     p = _plan(spec, input, sizes)
     _check_affine(spec, p, input, weight, None, None)
     small = torch.finfo(accumulator(input.dtype)).eps if eps is None else eps
@@ -701,11 +703,9 @@ def _rms(
     elif cast == "llama":
         y, _ = normalize(spec, p, input, None, None, small)
         y = formula.gained(torch, spec, p, y.to(input.dtype), weight)
-    elif cast == "none":
+    else:
         rstd = formula.inverse_std(torch, spec, p, input.to(accumulator(input.dtype)), eps=small)
         y = formula.gained(torch, spec, p, input * rstd.to(input.dtype), weight)
-    else:
-        raise NormValueError(message("`cast` must be 'llama', 'gemma' or 'none'", repr(cast)))
     return _finish(y, input, None, activation, residual)
 
 

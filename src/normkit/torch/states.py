@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from normkit.core.decay import looks_like_a_norm, undecayed
+from normkit.torch.normalizer_free import SkipInit
 from normkit.torch.porting import is_norm
 from normkit.torch.probe import check_sized
 from normkit.torch.sites import warn_of_functions
+from normkit.torch.weights import ScaledWeightStandardization, WeightNorm
 
 __all__ = ["freeze", "grouped", "is_frozen", "unfreeze"]
+
+_ALL_GAINS = (ScaledWeightStandardization, SkipInit)  # modules whose parameters are gains
+_WITH_LENGTHS = (WeightNorm, parametrizations._WeightNorm)  # parametrizations of which the first tensor is a gain
 
 
 class _Frozen:
@@ -89,8 +95,21 @@ def grouped(model: nn.Module, weight_decay: float, biases: bool) -> list[dict[st
 
 
 def _undecayed(module: nn.Module, biases: bool) -> Iterator[nn.Parameter]:
-    own = dict(module.named_parameters(recurse=False))
-    norm = is_norm(module) or looks_like_a_norm(type(module), (parameter.shape for parameter in own.values()))
-    for name, parameter in own.items():
-        if undecayed(name, parameter.shape, norm=norm, biases=biases):
+    own = list(_named(module))
+    norm = is_norm(module) or looks_like_a_norm(type(module), (parameter.shape for _, parameter, _ in own))
+    for name, parameter, gain in own:
+        if gain or undecayed(name, parameter.shape, norm=norm, biases=biases):
             yield parameter
+
+
+def _named(module: Any) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Parameters of a module's own and, by their names, those behind parametrized tensors; and which are gains."""
+    own = dict(module.named_parameters(recurse=False))
+    for name, parameter in own.items():
+        # torch.nn.utils.weight_norm, from before there were parametrizations, names length and direction so.
+        length = name.endswith("_g") and f"{name.removesuffix('_g')}_v" in own
+        yield name, parameter, length or isinstance(module, _ALL_GAINS)
+    if parametrize.is_parametrized(module):
+        for name, behind in module.parametrizations.items():
+            for original, parameter in behind.named_parameters(recurse=False):
+                yield name, parameter, original == "original0" and isinstance(behind[0], _WITH_LENGTHS)

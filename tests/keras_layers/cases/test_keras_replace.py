@@ -258,6 +258,14 @@ def test_instance_norm_needs_positions():
 
 
 @once
+@pytest.mark.parametrize("verb", ["sync", "unsync"])
+def test_synchronized_layers_are_made_and_not_exchanged(verb):
+    said = r"must be a torch\.nn\.Module; got a model of keras\. hint: make the layers with `synchronized=True`"
+    with pytest.raises(NormError, match=said):
+        getattr(normkit, verb)(around(MAKE["batch"]()))
+
+
+@once
 def test_models_whose_layers_are_not_known_are_refused():
     class Own(keras.Model):
         def __init__(self):

@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from normkit.checks.evidence import Call, Data, Evidence, Layer
 from normkit.checks.findings import Finding, Fix, Severity, number
 from normkit.checks.rule import RULES, Limits, rule
+from normkit.checks.statistics import scatter
 
 _ENOUGH = 4  # batches, below which nothing is said of how their statistics scatter
 
@@ -152,12 +151,9 @@ def _noise(calls: Sequence[Call], eps: float) -> _Noise:
     count = calls[0].count
     if len(calls) < _ENOUGH:
         return _Noise(1 / math.sqrt(count), 1 / math.sqrt(2 * count), measured=False)
-    means = np.stack([call.mean for call in calls])  # type: ignore[misc]
-    variances = np.stack([call.var for call in calls])  # type: ignore[misc]
-    sigma = np.sqrt(variances.mean(axis=0) + means.var(axis=0) + eps)
-    parts = means / sigma, np.sqrt(variances + eps) / sigma
-    mean, std = (float(np.sqrt(part.var(axis=0, ddof=1).mean())) for part in parts)
-    return _Noise(mean, std, measured=True)
+    seen = scatter(calls, eps)
+    assert seen is not None
+    return _Noise(seen.noise, seen.noise_of_std, measured=True)
 
 
 def _left(layer: Layer) -> str:
