@@ -32,10 +32,11 @@ BELOW = {
     "experiments": {"errors", "files", "frameworks", "processes", "tables", "core", "kernels"},
     "surgery": {"errors", "frameworks", "tables", "core"},
     "checks": {"errors", "files", "frameworks", "tables", "core", "surgery"},
-    "report": {"errors", "core", "experiments", "checks"},
+    "studies": {"errors", "files", "tables", "experiments"},
+    "report": {"errors", "core", "experiments", "checks", "studies"},
     "benchmarking": {"errors", "processes", "tables", "core", "kernels", "testing"},
     "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report", "checks"}
-    | {"benchmarking"},
+    | {"benchmarking", "studies"},
 }
 # Files that hold a framework's side of something and may import it at the top.
 FRAMEWORK_FILES = {
