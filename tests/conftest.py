@@ -27,6 +27,7 @@ BUDGETS = {
     "cli": 60,
     "benchmarking": 30,
     "docs": 60,
+    "studies": 60,
     "kernels": 60,
     "project": 60,
 }

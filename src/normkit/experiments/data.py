@@ -214,11 +214,11 @@ def scale(inputs: str, fitted: NDArray[Any], *others: NDArray[Any]) -> list[NDAr
 
 def _embedded(source: str) -> Dataset:
     try:
-        from sklearn import datasets
+        import sklearn.datasets
     except ImportError as error:
         must = f"the data `{source}` needs scikit-learn, which is not installed"
         raise MissingExtraError(message(must, hint="pip install 'normkit[lab]'")) from error
-    bunch = getattr(datasets, f"load_{source}")()
+    bunch = getattr(sklearn.datasets, f"load_{source}")()
     x = (bunch.images[:, None] if source == "digits" else bunch.data).astype(np.float32)
     y = bunch.target.astype(np.int64)
     train, test = split(y, _EMBEDDED[source], _SPLIT_SEED)

@@ -119,8 +119,8 @@ def _dropped(arms: Iterable[Arm]) -> Iterator[Arm]:
 _ALL = (
     Study(
         "inputs",
-        "Networks want inputs of one scale; batch norm inside a network makes it matter less, and as the first layer "
-        "it does the scaling itself.",
+        "Networks want inputs of one scale; batch norm inside a network makes up for it, and as the first layer it "
+        "does the scaling itself.",
         "The inputs as they are, divided by their maximum, brought to 0..1, or standardized, without norm and with "
         "batch norm in every hidden layer; and batch norm as the first layer on the inputs as they are. Rates from "
         "1e-4 to 0.1.",

@@ -19,6 +19,8 @@ __all__ = [
     "Level",
     "alike",
     "at_least",
+    "at_least_times",
+    "at_most_times",
     "below",
     "combined",
     "decided",
@@ -121,6 +123,20 @@ def below(what: str, values: Sequence[float], margin: float) -> Check:
     if found.low is not None and found.high is not None:
         holds = True if found.high < margin else False if found.low >= margin else None
     return Check(f"{what}: {_value(found)}; asked for: under {_points(margin)}", holds)
+
+
+def at_least_times(what: str, factors: Sequence[float], factor: float) -> Check:
+    """Whether the geometric mean of one factor per seed is `factor` or more: its whole interval says so, or against."""
+    found = estimate([math.log(value) for value in factors]) if factors else Estimate(math.nan)
+    holds = _judged(found, lambda low: low >= math.log(factor), lambda high: high < math.log(factor))
+    return Check(f"{what} {_times(found)}; asked for: at least {factor:g} times", holds)
+
+
+def at_most_times(what: str, factors: Sequence[float], factor: float) -> Check:
+    """Whether it is `factor` or less, likewise."""
+    opposite = at_least_times(what, factors, factor)
+    said = opposite.said.replace("asked for: at least", "asked for: at most")
+    return Check(said, None if opposite.holds is None else not opposite.holds)
 
 
 # ---- checks of steps, seconds and rates
