@@ -15,6 +15,7 @@ from normkit.experiments.feeds import ArrayFeed
 from normkit.experiments.results import TrialResult
 from normkit.experiments.store import plain as stored
 from normkit.torch.models import build, weighted_layers
+from normkit.torch.training import TorchTrainer
 
 SETTINGS = {"shape": (1, 8, 8), "classes": 10, "position": "before", "steps": 100, "seed": 0}
 
@@ -220,6 +221,24 @@ def test_renorm_in_groups_follows_the_data_as_fast_as_without():
     means = [dict(made.named_buffers()) for made in (whole, apart)]
     one, other = (next(b for n, b in found.items() if n.endswith("running_mean")) for found in means)
     torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_population_statistics_are_those_of_all_batches(count):
+    made = nn.Sequential(nn.BatchNorm1d(3))
+    trainer = TorchTrainer(made, torch.optim.SGD(made.parameters(), 0.1), "mse", "loss")
+    batches = [np.random.default_rng(n).normal(n, 1 + n, (20, 3)).astype(np.float32) for n in range(count)]
+    trainer.recalibrate((x, None) for x in batches)
+    every = np.concatenate(batches)
+    np.testing.assert_allclose(made[0].running_mean, every.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(made[0].running_var, every.var(0, ddof=1), rtol=1e-5)
+
+
+def test_a_network_without_running_statistics_stays_as_it_is():
+    made = nn.Sequential(nn.LayerNorm(3))
+    before = [parameter.clone() for parameter in made.parameters()]
+    TorchTrainer(made, torch.optim.SGD(made.parameters(), 0.1), "mse", "loss").recalibrate([(np.ones((4, 3)), None)])
+    assert all(torch.equal(a, b) for a, b in zip(before, made.parameters(), strict=True))
 
 
 def test_a_comparison_under_several_conditions(arrays):

@@ -17,7 +17,7 @@ from normkit.studies.measurements import Measurements, measured
 from normkit.studies.outcome import Case, Outcome, Outcomes, Overview
 from normkit.studies.presets import STUDIES, Effort, Part, Study, find
 
-__all__ = ["study"]
+__all__ = ["arm_names", "compared", "study"]
 
 
 def study(
@@ -119,16 +119,16 @@ def _run(
         if not models:
             raise NormValueError(message("`cnn` must be given images", f"{loaded}", "use mlp"))
         for model in models:
-            compared = [
-                (part, _compared(part, effort, model, data, shared)) for part in study.parts if model in part.models
-            ]
-            found = Measurements(m for part, comparison in compared for m in measured(comparison, _names(part)))
-            comparisons = tuple(comparison for _, comparison in compared)
+            parts = [part for part in study.parts if model in part.models]
+            comparisons = tuple(compared(part, effort, model, data, **shared) for part in parts)
+            pairs = zip(parts, comparisons, strict=True)
+            found = Measurements(m for part, comparison in pairs for m in measured(comparison, arm_names(part)))
             cases.append(Case(loaded.name, model, found, study.checks(found), comparisons))
     return Outcome(study, quick, tuple(cases), _environment(cases, time.perf_counter() - begun, command))
 
 
-def _compared(part: Part, effort: Effort, model: str, data: Any, shared: dict[str, Any]) -> Comparison:
+def compared(part: Part, effort: Effort, model: str, data: Any, **shared: Any) -> Comparison:
+    """The comparison that a part of a study is; `shared` are further arguments of :func:`normkit.compare`."""
     return compare(
         model,
         data,
@@ -143,7 +143,8 @@ def _compared(part: Part, effort: Effort, model: str, data: Any, shared: dict[st
     )
 
 
-def _names(part: Part) -> dict[str, str]:
+def arm_names(part: Part) -> dict[str, str]:
+    """The names of the circumstances of a part, by their conditions in words."""
     return {str(arm.conditions): arm.name for arm in part.arms}
 
 

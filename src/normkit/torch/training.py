@@ -108,7 +108,7 @@ class TorchTrainer:
     def recalibrate(self, batches: Iterable[Batch]) -> None:
         """Put statistics of all these inputs in the place of running ones, where the network keeps any."""
         if any(name.endswith("running_mean") for name, _ in self.network.named_buffers()):
-            recalibrate(self.network, [as_tensors(x, self.network) for x, _ in batches])
+            recalibrate(self.network, [(as_tensors(x, self.network),) for x, _ in batches])  # inputs may be a tuple
 
     def weights(self) -> dict[str, NDArray[Any]]:
         """A copy of the weights of the dense and convolutional layers, by their order."""
