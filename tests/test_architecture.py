@@ -33,7 +33,7 @@ BELOW = {
     "surgery": {"errors", "frameworks", "tables", "core"},
     "checks": {"errors", "files", "frameworks", "tables", "core", "surgery"},
     "studies": {"errors", "files", "tables", "experiments"},
-    "report": {"errors", "core", "experiments", "checks", "studies"},
+    "report": {"errors", "tables", "core", "experiments", "checks", "studies"},
     "benchmarking": {"errors", "processes", "tables", "core", "kernels", "testing"},
     "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report", "checks"}
     | {"benchmarking", "studies"},

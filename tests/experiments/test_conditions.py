@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import nn
 
 import normkit
 from normkit.errors import NormError
-from normkit.experiments.conditions import AS_USUAL, OUTLIER, Conditions, lit, spoiled_inputs, spoiled_labels
+from normkit.experiments.conditions import AS_USUAL, OUTLIER, Conditions, by_pairs, lit, spoiled_inputs, spoiled_labels
 from normkit.experiments.config import Config, TrialConfig
 from normkit.experiments.data import Dataset, Part, load, prepare
 from normkit.experiments.feeds import ArrayFeed
@@ -139,15 +140,27 @@ def test_what_data_cannot_be_under_is_said():
         numbers.under(Conditions(label_noise=0.1))
 
 
-def test_batches_sorted_by_class_hold_the_same_samples():
+def test_batches_by_class_hold_the_same_samples_two_classes_at_a_time():
     x = np.arange(60, dtype=np.float32)[:, None]
     feed = ArrayFeed(Dataset("made", Part(x, np.arange(60) % 3), Part(x[:6], np.arange(6) % 3), 3))
     usual = list(feed.batches("none", 12, 0, 0))
     blocked = list(feed.under(Conditions(by_class=True)).batches("none", 12, 0, 0))
     for (x1, y1), (x2, y2) in zip(usual, blocked, strict=True):
-        assert (np.diff(y2) >= 0).all()
+        changes = [tuple(sorted({int(a), int(b)})) for a, b in itertools.pairwise(y2) if a != b]
+        assert len(set(changes)) <= 2  # those of the pair, and one where the class without a partner begins
         assert sorted(x1[:, 0]) == sorted(x2[:, 0])
         assert sorted(y1) == sorted(y2)
+
+
+def test_groups_of_a_balanced_batch_hold_two_classes_alike():
+    y = np.random.default_rng(0).permutation(np.arange(160) % 10)
+    orders = [by_pairs(y, 0, 0, batch) for batch in range(3)]
+    for order in orders:
+        assert sorted(order) == list(range(160))
+        for group in y[order].reshape(5, 32):
+            assert sorted(np.unique(group, return_counts=True)[1]) == [16, 16]
+            assert (group[::2] == group[0]).all()
+    assert len({tuple(y[order]) for order in orders}) == 3  # other pairs in every batch
 
 
 # ---- networks

@@ -15,12 +15,27 @@ from numpy.typing import NDArray
 from normkit.core.constraints import Constraint, Flag, Integer, OneOf, Optional, Real, check
 from normkit.errors import NormTypeError, NormValueError, message, nearest
 
-__all__ = ["APPEARANCES", "AS_USUAL", "OUTLIER", "POPULATIONS", "Conditions", "lit", "spoiled_inputs", "spoiled_labels"]
+__all__ = [
+    "APPEARANCES",
+    "AS_USUAL",
+    "OUTLIER",
+    "POPULATIONS",
+    "Conditions",
+    "by_pairs",
+    "lit",
+    "spoiled_inputs",
+    "spoiled_labels",
+]
 
 OUTLIER = 10.0  # an outlier is a sample so many times as large
 APPEARANCES = ("", "random", "tied", "swapped", "shifted")
 POPULATIONS = ("", "training", "test")
-_NOISE, _OUTLIERS, _LIGHT = 2, 3, 4  # of the seeds: what is spoiled is the same for all variants and all trials
+_NOISE, _OUTLIERS, _LIGHT, _PAIRS = (
+    2,
+    3,
+    4,
+    5,
+)  # of the seeds: what is spoiled is the same for all variants and all trials
 _CONTRAST, _BRIGHTNESS = (0.4, 1.6), (-0.5, 0.5)  # between these; brightness in units of the largest pixel
 _DARK = 0.5, 1.0  # contrast and brightness of the test images of `shifted`: pale, and as bright as can be
 
@@ -36,7 +51,7 @@ class Conditions:
         outliers: share of the training inputs that are multiplied by 10.
         appearance: contrast and brightness of images: `random` for each image, `tied` to its class, `swapped` (tied in
             training, tied to another class in the test part), `shifted` (only the test part is pale and bright).
-        by_class: sort the samples of every batch by their class, so that groups of `norm_batch` see few of them.
+        by_class: order the samples of every batch by pairs of classes, so that groups of `norm_batch` see about two.
 
     Of the embedded networks, in PyTorch:
 
@@ -158,6 +173,22 @@ def lit(
         column = (slice(None), None, None, None)
         shown.append((contrast[column] * x + top * brightness[column]).astype(np.float32))
     return shown[0], shown[1]
+
+
+def by_pairs(y: NDArray[Any], seed: int, epoch: int, batch: int) -> NDArray[np.int64]:
+    """The order of a batch in which two classes take turns until both are used up, then the next two.
+
+    Which two is drawn anew for every batch. A single class would be too much: batch norm would take its mean away, and
+    the class with it.
+    """
+    classes = np.random.default_rng([seed, _PAIRS, epoch, batch]).permutation(np.unique(y))
+    place = {label: number for number, label in enumerate(classes)}
+    seen = dict.fromkeys(place, 0)
+    keys = []
+    for label in y:
+        keys.append((place[label] // 2, seen[label], place[label]))
+        seen[label] += 1
+    return np.array(sorted(range(len(y)), key=keys.__getitem__), dtype=np.int64)
 
 
 def spoiled_labels(y: NDArray[Any], share: float, classes: int) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.experiments.code import call, takes
-from normkit.experiments.conditions import AS_USUAL, Conditions
+from normkit.experiments.conditions import AS_USUAL, Conditions, by_pairs
 from normkit.experiments.data import Dataset, Prepared, from_arrays, is_arrays, prepare
 from normkit.experiments.protocol import Batch
 
@@ -93,9 +93,9 @@ class ArrayFeed(Feed):
     def batches(self, inputs: str, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """In an order that depends on seed and epoch alone."""
         x, y = self._parts(inputs).train
-        for rows in _rows(len(y), batch_size, seed, epoch):
+        for number, rows in enumerate(_rows(len(y), batch_size, seed, epoch)):
             if self._conditions.by_class:
-                rows = rows[np.argsort(y[rows], kind="stable")]
+                rows = rows[by_pairs(y[rows], seed, epoch, number)]
             yield x[rows], y[rows]
 
     def validation(self, inputs: str) -> Iterator[Batch]:

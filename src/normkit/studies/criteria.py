@@ -68,7 +68,7 @@ RANDOM, TIED, SWAPPED, SHIFTED = "random light", "light by class", "light swappe
 TESTED = "another light in test, its statistics"
 TORCH, KERAS, LONG = "momentum 0.1", "momentum 0.01", "momentum 0.01, long"
 POPULATION = "momentum 0.01, recalibrated"
-BLOCKED = "groups of 16 sorted by class"
+BLOCKED = "groups of 16, two classes each"
 
 POINTS = 0.03
 SOONER = 1.5  # times fewer steps

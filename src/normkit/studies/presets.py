@@ -317,9 +317,9 @@ _ALL = (
         "non-iid",
         "Where samples that are normalized together come from few classes, batch norm learns to rely on that and fails "
         "in evaluation; group norm does not, and batch renormalization less.",
-        "Batches of 160, drawn as always, sorted by class and normalized in groups of 16: one or two classes each. All "
-        "classes are in every step, only the normalization is not fed alike.",
-        "Scored in training mode on groups sorted by class the network is told part of the answer: that number is a "
+        "Batches of 160, drawn as always, normalized in groups of 16 that hold about 8 samples of each of two classes. "
+        "All classes are in every step, only the normalization is not fed alike.",
+        "Scored in training mode on such groups the network is told part of the answer: that number is a "
         "diagnosis and no result.",
         (
             Part(
