@@ -18,7 +18,7 @@ from pathlib import Path
 from normkit.experiments import Comparison
 from normkit.studies.measurements import Measurements, measured
 from normkit.studies.presets import find
-from normkit.studies.verb import arm_names, compared
+from normkit.studies.verb import compared
 from normkit.studies.verdict import decided
 
 COLUMNS = ("study", "model", "version", "seeds", "repeat", "verdict", "check", "holds", "said")
@@ -37,7 +37,7 @@ def taken(comparison: Comparison, repeat: int, seeds: int) -> Comparison:
 def rows(name: str, model: str, repeats: int, quick: bool, storage: str, workers: int) -> Iterator[dict[str, object]]:
     study = find(name)
     effort = study.effort(quick=quick)
-    parts = [part for part in study.parts if model in part.models]
+    parts = study.parts_for(model)
     for data in study.data:
         long = effort._replace(seeds=repeats * effort.seeds)
         whole = [compared(part, long, model, data, storage=storage, workers=workers) for part in parts]
@@ -45,7 +45,7 @@ def rows(name: str, model: str, repeats: int, quick: bool, storage: str, workers
             found = Measurements(
                 one
                 for part, comparison in zip(parts, whole, strict=True)
-                for one in measured(taken(comparison, repeat, effort.seeds), arm_names(part))
+                for one in measured(taken(comparison, repeat, effort.seeds), part.names())
             )
             checks = study.checks(found)
             for number, check in enumerate(checks):

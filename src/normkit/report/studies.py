@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from normkit.report import look, words
+from normkit.experiments.inference import estimate
+from normkit.report import look
+from normkit.report.figures import Final, Finals, Pen
 from normkit.report.render import figures_of, require
 from normkit.studies.outcome import Case, Outcome, Outcomes, table
+from normkit.studies.presets import Study
 from normkit.studies.verdict import Level
 from normkit.tables import Table
+
+if TYPE_CHECKING:
+    from normkit.report.draw import Drawable
 
 __all__ = ["fragment", "overview", "overview_fragment", "page"]
 
@@ -98,21 +105,38 @@ def _table_of(template: str, outcomes: Outcomes, *, linked: bool) -> str:
 def _shown(outcome: Outcome, case: Case, number: int) -> _Shown:
     from normkit.report import draw
 
-    figures = [
-        (kind, words.setting(comparison, group), figure)
-        for kind in outcome.study.figures
-        for comparison in case.comparisons
-        for group in comparison.groups
-        for name, figure in figures_of(comparison, group).items()
-        if name == kind
-    ]
+    found = [figure for kind in outcome.study.figures for figure in _figures(outcome.study, case, kind)]
     drawings = [
-        _Drawn(_TITLES[kind], where or "as usual", draw.svg(figure, f"{kind}{number}-{place}"))
-        for place, (kind, where, figure) in enumerate(figures[:_DRAWINGS])
+        _Drawn(title, where, draw.svg(figure, f"study{number}-{place}"))
+        for place, (title, where, figure) in enumerate(found[:_DRAWINGS])
     ]
     checks = [(_ANSWER[check.holds], check.said) for check in case.checks]
-    left = max(0, len(figures) - _DRAWINGS)
+    left = max(0, len(found) - _DRAWINGS)
     return _Shown(case.title, str(case.level), _CLASS[case.level], checks, table(case.found), drawings, left)
+
+
+def _figures(study: Study, case: Case, kind: str) -> Iterator[tuple[str, str, Drawable]]:
+    """Heading, circumstance and numbers of every figure of a kind; where all end fits into a single one."""
+    if kind == "final":
+        yield _TITLES[kind], "Mean and 95 % interval over the seeds, at the best rate", _finals(case)
+        return
+    for part, comparison in zip(study.parts_for(case.model), case.comparisons, strict=True):
+        for group in comparison.groups:
+            scaled = f"inputs {group.setting.inputs}" if len(part.inputs) > 1 else ""
+            where = ", ".join(filter(None, [part.names()[group.setting.conditions], scaled])) or "as usual"
+            figure = figures_of(comparison, group).get(kind)
+            if figure is not None:
+                yield _TITLES[kind], where, figure
+
+
+def _finals(case: Case) -> Finals:
+    slots = {norm: slot for slot, norm in enumerate(dict.fromkeys(m.norm for m in case.found))}
+    lines = []
+    for m in case.found:
+        ends = estimate(m.final) if m.final else None
+        low, high = (ends.low, ends.high) if ends is not None else (None, None)
+        lines.append(Final(m.label, Pen(slots[m.norm]), m.final, m.mean, low, high))
+    return Finals(case.comparisons[0].task, "test accuracy", "", tuple(lines))
 
 
 def _facts(outcome: Outcome) -> list[tuple[str, Any]]:

@@ -269,7 +269,7 @@ def table(found: Iterable[Measured]) -> Table:
     """One row per norm and circumstance; columns without any value are left out."""
     rows = list(found)
     columns: list[tuple[str, Callable[[Measured], str]]] = [
-        ("circumstance", lambda m: m.arm),
+        ("circumstance", lambda m: m.arm or ("as usual" if any(row.arm for row in rows) else "")),
         ("norm", lambda m: m.norm),
         ("inputs", lambda m: m.inputs if len({row.inputs for row in rows}) > 1 else ""),
         ("rate", lambda m: "diverged" if m.best_lr is None else f"{m.best_lr:g}"),

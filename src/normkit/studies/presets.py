@@ -58,6 +58,10 @@ class Part:
     epochs: int | None = None
     models: tuple[str, ...] = ("mlp", "cnn")
 
+    def names(self) -> dict[str, str]:
+        """The names of the circumstances, by their conditions in words."""
+        return {str(arm.conditions): arm.name for arm in self.arms}
+
 
 @dataclass(frozen=True)
 class Study:
@@ -87,6 +91,10 @@ class Study:
     figures: tuple[str, ...] = ("final",)
     data: tuple[str, ...] = ("digits",)
     calibrated: bool = False
+
+    def parts_for(self, model: str) -> tuple[Part, ...]:
+        """The parts that a network takes part in."""
+        return tuple(part for part in self.parts if model in part.models)
 
     def checks(self, found: Measurements) -> tuple[Check, ...]:
         """The criterion, applied."""

@@ -17,7 +17,7 @@ from normkit.studies.measurements import Measurements, measured
 from normkit.studies.outcome import Case, Outcome, Outcomes, Overview
 from normkit.studies.presets import STUDIES, Effort, Part, Study, find
 
-__all__ = ["arm_names", "compared", "study"]
+__all__ = ["compared", "study"]
 
 
 def study(
@@ -119,10 +119,10 @@ def _run(
         if not models:
             raise NormValueError(message("`cnn` must be given images", f"{loaded}", "use mlp"))
         for model in models:
-            parts = [part for part in study.parts if model in part.models]
+            parts = study.parts_for(model)
             comparisons = tuple(compared(part, effort, model, data, **shared) for part in parts)
             pairs = zip(parts, comparisons, strict=True)
-            found = Measurements(m for part, comparison in pairs for m in measured(comparison, arm_names(part)))
+            found = Measurements(m for part, comparison in pairs for m in measured(comparison, part.names()))
             cases.append(Case(loaded.name, model, found, study.checks(found), comparisons))
     return Outcome(study, quick, tuple(cases), _environment(cases, time.perf_counter() - begun, command))
 
@@ -141,11 +141,6 @@ def compared(part: Part, effort: Effort, model: str, data: Any, **shared: Any) -
         conditions=tuple(arm.conditions for arm in part.arms),
         **shared,
     )
-
-
-def arm_names(part: Part) -> dict[str, str]:
-    """The names of the circumstances of a part, by their conditions in words."""
-    return {str(arm.conditions): arm.name for arm in part.arms}
 
 
 def _loaded(data: Any) -> Dataset:
