@@ -116,6 +116,22 @@ def test_circumstances_and_several_comparisons(arrays):
     assert abs(settled) <= abs(slow)
 
 
+def test_on_images_with_the_convolutional_network():
+    """Images whose class is a bright half; instance norm takes part, and the test part comes under another light."""
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 2
+    x = rng.uniform(0, 1, (80, 8, 8))
+    x[y == 1, :, :4] += 2
+    data = {"x_train": x[:48], "y_train": y[:48], "x_test": x[48:], "y_test": y[48:]}
+    (case,) = normkit.study("appearance", data, model="cnn", seeds=1, **QUIET).cases
+    assert case.title == "cnn on arrays"
+    assert {m.norm for m in case.found} == {"none", "batch", "layer", "instance"}
+    assert len(case.comparisons) == 3
+    assert case.level is Level.UNKNOWN
+    names = [m.arm for m in case.found.all(norm="batch")]
+    assert names[-2:] == ["another light in test", "another light in test, its statistics"]
+
+
 def test_all_is_a_table_of_what_could_be_run(finished, arrays, monkeypatch):
     _, out = finished
     monkeypatch.setattr(verb, "STUDIES", {name: STUDIES[name] for name in ("learning-rate", "appearance")})

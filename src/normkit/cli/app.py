@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from normkit.cli import bench, checks, studies, surgery
-from normkit.cli.console import interrupted, typed
+from normkit.cli.console import Storage, Workers, interrupted, typed
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
@@ -149,16 +149,8 @@ def compare(
         ),
     ] = None,
     framework: Annotated[str, typer.Option(help=f"What trains: {', '.join(FRAMEWORKS)}.")] = _DEFAULT.framework,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes, one thread each. [default: one per core]", show_default=False)
-    ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Where trials are kept, a storage URL of Optuna. [default: {TRIALS} in the output folder]",
-            show_default=False,
-        ),
-    ] = None,
+    workers: Workers = None,
+    storage: Storage = None,
     out: Annotated[Path, typer.Option(help="Folder for the report, the results and the trials.")] = Path(
         "normkit-report"
     ),

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import Annotated
 
 import typer
 
 from normkit.experiments.store import hidden
+from normkit.experiments.verb import TRIALS
 
-__all__ = ["interrupted", "typed"]
+__all__ = ["Storage", "Workers", "interrupted", "typed"]
+
+# Options that several commands have.
+Workers = Annotated[
+    int | None, typer.Option(help="Processes, one thread each. [default: one per core]", show_default=False)
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Where trials are kept, a storage URL of Optuna. [default: {TRIALS} in the output folder]",
+        show_default=False,
+    ),
+]
 
 
 def typed(context: typer.Context) -> str:

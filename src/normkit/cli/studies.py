@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from normkit.cli.console import interrupted, typed
+from normkit.cli.console import Storage, Workers, interrupted, typed
 from normkit.experiments.config import MODELS
 from normkit.experiments.verb import TRIALS
 from normkit.studies import Outcome, Outcomes
@@ -39,16 +39,8 @@ def study(
     seeds: Annotated[
         int | None, typer.Option(help="Number of seeds. [default: the study's]", show_default=False)
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes, one thread each. [default: one per core]", show_default=False)
-    ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Where runs are kept, a storage URL of Optuna. [default: {TRIALS} in the output folder]",
-            show_default=False,
-        ),
-    ] = None,
+    workers: Workers = None,
+    storage: Storage = None,
     out: Annotated[Path, typer.Option(help="Folder for the runs; each study gets a folder in it.")] = Path(
         "normkit-studies"
     ),
