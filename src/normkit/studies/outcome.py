@@ -121,11 +121,15 @@ class Outcome:
         said = [
             "Intervals are 95 %, paired by seed, each for itself: with many checks one in twenty may miss by chance.",
         ]
-        if not self.study.calibrated:
-            said.append(
-                "The thresholds of this study come from papers and from what a reader would call a benefit; how often "
-                "it reaches another verdict with other seeds has not been measured."
-            )
+        known = (
+            f"with other seeds it came out so: {self.study.repeated}"
+            if self.study.repeated
+            else ("how often it reaches another verdict with other seeds has not been measured")
+        )
+        said.append(
+            "The thresholds of this study come from papers and from what a reader would call a benefit, not from a "
+            f"calibration; {known}."
+        )
         if self.quick:
             said.insert(0, "This is the quick version: fewer seeds, rates and networks, so much may stay open.")
         return tuple(said)

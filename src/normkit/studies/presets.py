@@ -77,7 +77,7 @@ class Study:
         full, quick: how much is run.
         figures: the kinds of figures that show it best, as the report of a comparison calls them.
         data: the data sets it is tried on by default.
-        calibrated: whether its thresholds were tried over seeds, see `benchmarks/studies.csv`.
+        repeated: what came out with other seeds, as `benchmarks/studies.csv` has it; empty where that was not tried.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Study:
     quick: Effort = QUICK
     figures: tuple[str, ...] = ("final",)
     data: tuple[str, ...] = ("digits",)
-    calibrated: bool = False
+    repeated: str = ""
 
     def parts_for(self, model: str) -> tuple[Part, ...]:
         """The parts that a network takes part in."""
@@ -152,6 +152,7 @@ _ALL = (
         (Part(("none", "batch")),),
         names.convergence,
         figures=("curves",),
+        repeated="mlp on digits, quick version, 3 seeds each: 3 x not enough evidence, 1 x holds",
     ),
     Study(
         "overhead",
@@ -174,6 +175,7 @@ _ALL = (
         full=Effort((0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 5, 6),
         quick=Effort((0.003, 0.03, 0.3, 3.0), 3, 4, ("mlp",)),
         figures=("rates",),
+        repeated="mlp on digits, quick version, 3 seeds each: 4 x holds",
     ),
     Study(
         "initialization",
@@ -232,6 +234,7 @@ _ALL = (
         ),
         names.train_eval_gap,
         figures=("curves",),
+        repeated="mlp on digits, quick version, 3 seeds each: 3 x holds, 1 x not enough evidence",
     ),
     Study(
         "batch-size",
@@ -339,6 +342,7 @@ _ALL = (
         names.non_iid,
         full=Effort(_THREE, 5, 30),
         quick=Effort((0.03,), 3, 20, ("mlp",)),
+        repeated="mlp on digits, quick version, 3 seeds each: 4 x holds partly",
     ),
 )
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _ALL})

@@ -221,7 +221,8 @@ def _lost(first: Measured, second: Measured) -> Check | None:
 
 def _lost_words(first: Measured, second: Measured) -> str:
     lost = " and ".join(m.label for m in (first, second) if not m.final)
-    return f"{lost} diverged at every rate in some seed"
+    ended = "".join(f", {m.label} ended at {100 * m.mean:.1f} %" for m in (first, second) if m.mean is not None)
+    return f"{lost} diverged at every rate in some seed{ended}"
 
 
 def _faster(
@@ -268,7 +269,7 @@ def _value(found: Estimate) -> str:
 
 
 def _pair(first: Measured, second: Measured, found: Estimate) -> str:
-    shown = [f"{m.label} {100 * sum(m.final) / len(m.final):.1f} %" for m in (first, second)]
+    shown = [f"{m.label} {100 * (m.mean or 0.0):.1f} %" for m in (first, second)]
     return f"{' against '.join(shown)}: {_signed(found)}"
 
 
