@@ -240,13 +240,13 @@ def _faster(
     if not second:  # diverged at every rate
         return Check(said, True if len(first) >= ENOUGH else None)
     found = _ratio(second, first, others, spent)
-    asked = f"at least {factor:g} times as many" if factor > 1 else "less"
+    asked = f"at least {factor:g} times" if factor > 1 else "more than 1 time"
     holds = _judged(
         found,
         lambda low: low > 0 and found.value >= math.log(factor),
         lambda high: high < math.log(factor),
     )
-    return Check(f"{said}: {_times(found)}; asked for: {asked}", holds)
+    return Check(f"{said}: that is {_times(found)} as much; asked for: {asked}", holds)
 
 
 def _ratio(first: Sequence[float | None], second: Sequence[float | None], budget: float, other: float) -> Estimate:
