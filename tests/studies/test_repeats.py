@@ -22,6 +22,11 @@ def repeats():
     return found
 
 
+def test_the_page_names_every_study():
+    page = (CSV.parents[1] / "docs" / "studies.md").read_text()
+    assert [name for name in STUDIES if f"| `{name}`" not in page] == []
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_repeats_are_those_of_the_calibration(name):
     cases = [

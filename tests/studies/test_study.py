@@ -135,12 +135,12 @@ def test_on_images_with_the_convolutional_network():
 def test_all_is_a_table_of_what_could_be_run(finished, arrays, monkeypatch):
     _, out = finished
     monkeypatch.setattr(verb, "STUDIES", {name: STUDIES[name] for name in ("learning-rate", "appearance")})
-    found = normkit.study("all", arrays, out=out, **QUIET)
+    found = normkit.study("all", arrays, out=out, command="normkit study all --data x.npz --quick", **QUIET)
     assert isinstance(found, Outcomes)
     assert [outcome.study.name for outcome in found.outcomes] == ["learning-rate"]
     assert found.left_out == (("appearance", "appearance must be asked of images; got rows of 3 columns"),)
     (row,) = found.table().rows
-    assert row[2:] == (str(found.outcomes[0].level), "normkit study learning-rate --quick")
+    assert row[2:] == (str(found.outcomes[0].level), "normkit study learning-rate --data x.npz --quick")
     assert "appearance is left out" in (out / "report.html").read_text()
     assert 'href="learning-rate/report.html"' in (out / "report.html").read_text()
     assert json.loads((out / "results.json").read_text())["left_out"][0][0] == "appearance"

@@ -136,13 +136,9 @@ class Outcome:
 
     @property
     def command(self) -> str:
-        """What to type for it; of one among several not what was typed for all."""
-        given = str(self.environment.get("command") or "")
-        return (
-            given
-            if given.startswith(f"normkit study {self.study.name}")
-            else f"normkit study {self.study.name}{' --quick' if self.quick else ''}"
-        )
+        """What to type for it; of one among all with the other options that were typed for all."""
+        given = str(self.environment.get("command") or f"normkit study all{' --quick' if self.quick else ''}")
+        return given.replace("normkit study all", f"normkit study {self.study.name}", 1)
 
     @property
     def measured(self) -> str:

@@ -169,8 +169,8 @@ _ALL = (
         "With batch norm much larger learning rates work.",
         "The largest rate at which every seed learns (its training loss ends below half of what guessing gives), with "
         "batch norm against without.",
-        "Rates lie half a power of ten apart (in the quick version a whole one), so a ratio is known to that. 'Much' is "
-        "8 times here.",
+        "Rates lie half a power of ten apart (in the quick version a whole one), so a ratio is known to that. 'Much' "
+        "is 8 times here.",
         (Part(("none", "batch")),),
         names.learning_rate,
         full=Effort((0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 5, 6),
