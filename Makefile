@@ -4,6 +4,7 @@
 # make test-all    the same, and the tests marked long
 # make bench       the speed of norms beside PyTorch, JAX and Keras, on a machine that does nothing else: docs/performance.md
 # make bench-page  that page again, from the rows that are there
+# make calibrate   whether studies reach the same verdict with other seeds: benchmarks/studies.csv
 # make sanitize    the compiled kernels under the address and undefined sanitizers: minutes, of which most are compiling
 # make format      rewrite the code in its own style
 
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-keras test test-all check sanitize bench bench-page format clean
+.PHONY: demo demo-keras test test-all check sanitize bench bench-page calibrate format clean
 
 demo: $(READY)
 	$(BIN)/normkit compare cnn --data digits
@@ -36,6 +37,9 @@ bench: $(READY)
 
 bench-page: $(READY)
 	$(BIN)/normkit bench --from benchmarks/performance.csv --page docs/performance.md
+
+calibrate: $(READY)
+	$(BIN)/python benchmarks/studies.py learning-rate train-eval-gap non-iid convergence --repeats 4
 
 # The instruction sets of CMakeLists.txt.
 SANITIZE := -std=gnu++17 -O1 -g -fopenmp -fno-math-errno -fno-trapping-math -Wno-psabi -Isrc/normkit/csrc \

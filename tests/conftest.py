@@ -28,6 +28,7 @@ BUDGETS = {
     "benchmarking": 30,
     "docs": 60,
     "teaching": 60,
+    "studies": 60,
     "kernels": 60,
     "project": 60,
 }

@@ -33,10 +33,11 @@ BELOW = {
     "surgery": {"errors", "frameworks", "tables", "core"},
     "checks": {"errors", "files", "frameworks", "tables", "core", "surgery"},
     "teaching": {"errors", "files", "frameworks", "tables", "core", "surgery", "checks"},
-    "report": {"errors", "core", "experiments", "checks", "teaching"},
+    "studies": {"errors", "files", "tables", "experiments"},
+    "report": {"errors", "tables", "core", "experiments", "checks", "studies", "teaching"},
     "benchmarking": {"errors", "processes", "tables", "core", "kernels", "testing"},
     "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report", "checks"}
-    | {"benchmarking", "teaching"},
+    | {"benchmarking", "studies", "teaching"},
 }
 # Files that hold a framework's side of something and may import it at the top.
 FRAMEWORK_FILES = {

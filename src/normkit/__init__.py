@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from normkit.errors import NormError as NormError
     from normkit.experiments import compare as compare
     from normkit.experiments.activations import activations as activations
+    from normkit.studies import study as study
     from normkit.surgery.adaptation import adapt as adapt
     from normkit.surgery.conversion import port as port
     from normkit.surgery.folding import fold as fold
@@ -50,6 +51,7 @@ _HOME = {
     "remove": "normkit.surgery.replacement",
     "replace": "normkit.surgery.replacement",
     "show": "normkit.teaching.steps",
+    "study": "normkit.studies",
     "sync": "normkit.surgery.synchronization",
     "unfreeze": "normkit.surgery.freezing",
     "unsync": "normkit.surgery.synchronization",

@@ -4,6 +4,7 @@ import math
 import pytest
 
 from normkit.errors import NormError
+from normkit.experiments.conditions import Conditions
 from normkit.experiments.config import Config, TrialConfig, Variant
 
 TRIAL = TrialConfig(
@@ -111,5 +112,6 @@ def test_key_never_changes():
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrialConfig)])
 def test_every_field_enters_the_key(name):
     value = getattr(TRIAL, name)
-    changed = dataclasses.replace(TRIAL, **{name: value + "x" if isinstance(value, str) else value + 1})
+    other = value + "x" if isinstance(value, str) else Conditions(depth=2) if name == "conditions" else value + 1
+    changed = dataclasses.replace(TRIAL, **{name: other})
     assert changed.key() != TRIAL.key()

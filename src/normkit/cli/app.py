@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 import threading
@@ -13,12 +12,12 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from normkit.cli import bench, checks, surgery, teaching
+from normkit.cli import bench, checks, studies, surgery, teaching
+from normkit.cli.console import Storage, Workers, interrupted, typed
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
 from normkit.experiments.config import INPUTS, LOSSES, NORMS, OPTIMIZERS
-from normkit.experiments.store import hidden
 from normkit.experiments.verb import TRIALS
 from normkit.frameworks import FRAMEWORKS, part
 
@@ -64,16 +63,11 @@ def run(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
+        return interrupted()
 
 
 def _terminated(*_: object) -> None:
     raise KeyboardInterrupt  # being told to end is an interruption: workers end, nothing is half written
-
-
-def _interrupted(how: str | None = None) -> int:
-    print(f"interrupted: {how or 'nothing was written'}", file=sys.stderr)
-    return 130
 
 
 def _version(asked: bool) -> None:
@@ -155,16 +149,8 @@ def compare(
         ),
     ] = None,
     framework: Annotated[str, typer.Option(help=f"What trains: {', '.join(FRAMEWORKS)}.")] = _DEFAULT.framework,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes, one thread each. [default: one per core]", show_default=False)
-    ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Where trials are kept, a storage URL of Optuna. [default: {TRIALS} in the output folder]",
-            show_default=False,
-        ),
-    ] = None,
+    workers: Workers = None,
+    storage: Storage = None,
     out: Annotated[Path, typer.Option(help="Folder for the report, the results and the trials.")] = Path(
         "normkit-report"
     ),
@@ -193,11 +179,11 @@ def compare(
             workers=workers,
             storage=storage,
             out=out,
-            command=_command(context),
+            command=typed(context),
         )
     except KeyboardInterrupt:
         kept = storage is not None or (out / TRIALS).exists()
-        return _interrupted("finished trials are kept, run the same command again to go on" if kept else None)
+        return interrupted("finished trials are kept, run the same command again to go on" if kept else None)
     _show(comparison, out / "report.html", json)
     return 0
 
@@ -213,6 +199,7 @@ def kernels(json: Annotated[bool, typer.Option("--json", help="Print the table a
 for verb in surgery.VERBS:
     app.command(epilog=surgery.EXIT_CODES)(verb)
 app.command(epilog=bench.EXIT_CODES)(bench.bench)
+app.command(epilog=_EXIT_CODES)(studies.study)
 app.command(epilog=checks.EXIT_CODES)(checks.check)
 for verb in (checks.advise, teaching.explain):
     app.command()(verb)
@@ -226,21 +213,6 @@ def _show(comparison: Comparison, report: Path, json: bool) -> None:
         sys.stdout.write(to_json(comparison))
     else:
         print(f"\n{comparison}\n\nreport: {report}")
-
-
-def _command(context: typer.Context) -> str:
-    """What was typed, without what was left at its default."""
-    typed = ["normkit", str(context.info_name)]
-    for parameter in context.command.params:
-        value, name = context.params[str(parameter.name)], parameter.opts[0]
-        if value == parameter.default or value is None:
-            continue
-        if value is True:
-            typed.append(name)
-        else:
-            shown = hidden(str(value))
-            typed += [name, shown] if name.startswith("-") else [shown]
-    return shlex.join(typed)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -29,6 +29,7 @@ class Setting(NamedTuple):
 
     batch_size: int
     inputs: str
+    conditions: str = ""  # in words, empty where nothing is changed
 
 
 class RatePoint(NamedTuple):
@@ -208,7 +209,7 @@ def summarize(results: Iterable[TrialResult], task: Task) -> tuple[Group, ...]:
     settings: dict[Setting, dict[str, dict[float, list[TrialResult]]]] = {}
     for result in results:
         config = result.config
-        norms = settings.setdefault(Setting(config.batch_size, config.inputs), {})
+        norms = settings.setdefault(Setting(config.batch_size, config.inputs, str(config.conditions)), {})
         norms.setdefault(config.norm, defaultdict(list))[config.lr].append(result)
     groups, differences = [], []
     for setting, norms in settings.items():

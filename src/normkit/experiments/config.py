@@ -6,12 +6,13 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from normkit.core.catalog import CATALOG, check_position
 from normkit.errors import NormTypeError, NormValueError, message, nearest
+from normkit.experiments.conditions import AS_USUAL, Conditions
 from normkit.frameworks import check_framework
 
 __all__ = [
@@ -41,6 +42,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 GOALS = {"accuracy": "max", "loss": "min"}
 NORMS = ("none", "batch", "batch:after", "layer", "group", "renorm", "rms")
 POSITIONS = ("before", "after")
+_KINDS: dict[Any, str] = {(int, float): "a number", int: "a whole number", str: "a name"}
 
 
 class Variant(NamedTuple):
@@ -104,10 +106,17 @@ class TrialConfig:
     loss: str
     optimizer: str
     metric: str
+    conditions: Conditions = AS_USUAL
 
     def canonical(self) -> str:
         """The configuration as JSON with sorted keys, with everything that decides the outcome."""
-        return json.dumps({**asdict(self), "momentum": MOMENTUM, "protocol": PROTOCOL}, sort_keys=True)
+        plain = asdict(self)
+        changed = self.conditions.changes()
+        # A trial under no conditions keeps the key it had before there were any.
+        plain |= {"conditions": changed} if changed else {}
+        if not changed:
+            del plain["conditions"]
+        return json.dumps({**plain, "momentum": MOMENTUM, "protocol": PROTOCOL}, sort_keys=True)
 
     def key(self) -> str:
         """Sixteen hexadecimal digits that stay the same between runs, machines and versions of Python."""
@@ -115,7 +124,8 @@ class TrialConfig:
 
     def __str__(self) -> str:
         inputs = f", inputs {self.inputs}" if self.inputs else ""
-        return f"{self.norm}, rate {self.lr:g}, batch size {self.batch_size}{inputs}, seed {self.seed}"
+        under = f", {self.conditions}" if self.conditions.changes() else ""
+        return f"{self.norm}, rate {self.lr:g}, batch size {self.batch_size}{inputs}{under}, seed {self.seed}"
 
 
 class Task(NamedTuple):
@@ -172,6 +182,7 @@ class Config:
         goal: whether the metric is to be `max` or `min`; known for accuracy and loss.
         target: value of the metric whose first crossing is timed; None takes 0.95 for accuracy, else nothing.
         framework: the framework that trains.
+        conditions: what is changed about data and network, one set of them after the other; nothing by default.
 
     Raises NormValueError or NormTypeError for anything that cannot be run.
     """
@@ -191,6 +202,7 @@ class Config:
     goal: str | None = None
     target: float | None = None
     framework: str = "torch"
+    conditions: tuple[Conditions, ...] = (AS_USUAL,)
 
     def __post_init__(self) -> None:
         _check_functions(self)
@@ -221,6 +233,7 @@ class Config:
         if self.run is None and not is_reference(self.model or ""):
             self.check_model()
         _check_judging(self)
+        _check_conditions(self)
 
     def check_model(self) -> None:
         """Raise NormValueError for what only a loop of the user's may be asked; whether it is one its file tells."""
@@ -253,8 +266,8 @@ class Config:
         assert self.batch_sizes is not None
         scalings = ("",) if self.run else self.inputs
         assert scalings is not None
-        grid = itertools.product(range(self.seeds), scalings, self.batch_sizes, self.norms, self.lrs)
-        for seed, inputs, batch_size, norm, lr in grid:
+        grid = itertools.product(range(self.seeds), self.conditions, scalings, self.batch_sizes, self.norms, self.lrs)
+        for seed, conditions, inputs, batch_size, norm, lr in grid:
             yield TrialConfig(
                 framework=self.framework,
                 model=self.subject,
@@ -269,6 +282,7 @@ class Config:
                 loss=short(self.loss or ""),
                 optimizer=short(self.optimizer or ""),
                 metric=short(self.metric or ""),
+                conditions=conditions,
             )
 
 
@@ -331,6 +345,22 @@ def _check_judging(config: Config) -> None:
         raise NormValueError(message(must, f"{target:g}", "95 % is written 0.95"))
 
 
+def _check_conditions(config: Config) -> None:
+    made = tuple(map(Conditions.made, _listed("conditions", config.conditions, (Conditions, Mapping))))
+    object.__setattr__(config, "conditions", _once("conditions", made))
+    for conditions in made:
+        if changes := conditions.changes():
+            if config.run is not None:
+                must = "`conditions` must be left to a training loop of your own, which has its own"
+                raise NormValueError(message(must, ", ".join(changes)))
+            if config.framework != "torch" and conditions.of_torch:
+                must = f"these conditions must be trained with PyTorch: {', '.join(conditions.of_torch)}"
+                raise NormValueError(message(must, config.framework, 'framework="torch"'))
+            if config.model is not None and config.model not in MODELS and conditions.of_network:
+                must = f"these conditions must be asked of cnn or mlp: {', '.join(conditions.of_network)}"
+                raise NormValueError(message(must, short(config.model), "change your own model instead"))
+
+
 def _listed(name: str, values: Any, kind: type | tuple[type, ...]) -> tuple[Any, ...]:
     # A lone string is a sequence of letters, which nobody means.
     if isinstance(values, str) or not isinstance(values, Sequence):
@@ -339,7 +369,7 @@ def _listed(name: str, values: Any, kind: type | tuple[type, ...]) -> tuple[Any,
         raise NormValueError(message(f"`{name}` must name at least one value", "none"))
     for value in values:
         if isinstance(value, bool) or not isinstance(value, kind):
-            kinds = "a number" if kind == (int, float) else {int: "a whole number", str: "a name"}[kind]  # type: ignore[index]
+            kinds = _KINDS.get(kind, "a mapping of names to values")
             raise NormTypeError(message(f"every value of `{name}` must be {kinds}", repr(value)))
     return tuple(values)
 

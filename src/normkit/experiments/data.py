@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normkit.errors import MissingExtraError, NormValueError, message
+from normkit.experiments.conditions import AS_USUAL, Conditions, lit, spoiled_inputs, spoiled_labels
 
 __all__ = [
     "DEFAULT_DATA",
@@ -36,6 +37,7 @@ DEFAULT_DATA = "digits"
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 REGRESSION = ("mse", "mae")
 _OPENML = {"mnist": "mnist_784", "fashion-mnist": "Fashion-MNIST"}
+_EMBEDDED = {"digits": 450, "wine": 45}  # samples of the test part: about a quarter
 _FEW = 20  # distinct whole numbers in a float array: probably classes, so we ask
 _SPLIT_SEED = 0  # of the test part of digits
 _VALIDATION_SEED = 1  # of the validation fifth: one for all variants and all seeds
@@ -91,17 +93,18 @@ class Dataset:
 
 
 def load(source: str, loss: str | None = None) -> Dataset:
-    """Load `digits` (8 x 8 scans in ten classes, from scikit-learn), an .npz file, or a data set of OpenML.
+    """Load `digits` or `wine` from scikit-learn, an .npz file, or a data set of OpenML.
 
-    The file holds x_train, y_train, x_test and y_test; x is (N, F), (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or
-    float; y holds whole numbers for classes, or real numbers to predict (then N or N x K). The channel axis is the one
+    Digits are 8 x 8 scans in ten classes, wine has three classes and 13 columns, from 0.1 to 1 680. The file
+    holds x_train, y_train, x_test and y_test; x is (N, F), (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float; y
+    holds whole numbers for classes, or real numbers to predict (then N or N x K). The channel axis is the one
     smaller than both others. Everything else is a name (`mnist` is mnist_784) or an id of OpenML, which scikit-learn
     fetches once and keeps; a quarter becomes the test part (of MNIST the last 10 000).
     `loss` decides for `mse` and `mae` that whole numbers are to be predicted rather than classified.
     Raises NormValueError for data that is missing or cannot be used, saying where.
     """
-    if source == "digits":
-        return _digits()
+    if source in _EMBEDDED:
+        return _embedded(source)
     path = Path(source)
     if path.suffix == ".npz":
         if not path.is_file():
@@ -164,15 +167,21 @@ class Prepared(NamedTuple):
     test: Part
 
 
-def prepare(data: Dataset, inputs: str) -> Prepared:
+def prepare(data: Dataset, inputs: str, conditions: Conditions = AS_USUAL) -> Prepared:
     """Set a stratified fifth of the training data apart for validation and scale all three parts.
 
-    `inputs` is fitted on what is left for training.
+    `inputs` is fitted on what is left for training, spoiled samples included. Labels and inputs are spoiled in that
+    part alone: what chooses the rate and what is reported stay clean.
     """
     rest, held = split(data.train.y, round(len(data.train.y) / 5), _VALIDATION_SEED)
-    x, y = data.train
-    xs = scale(inputs, x[rest], x[held], data.test.x)
+    (x, y), test = data.train, data.test.x
+    if conditions.appearance:
+        x, test = lit(conditions.appearance, data.train, data.test, data.classes or 1)
+    mine = spoiled_inputs(x[rest], conditions.outliers) if conditions.outliers else x[rest]
+    xs = scale(inputs, mine, x[held], test)
     ys = [y[rest], y[held], data.test.y]
+    if conditions.label_noise:
+        ys[0] = spoiled_labels(ys[0], conditions.label_noise, data.outputs)
     if data.classes is None:
         ys = list(scale("standard", *ys))
     return Prepared(*(Part(part, labels) for part, labels in zip(xs, ys, strict=True)))
@@ -203,17 +212,17 @@ def scale(inputs: str, fitted: NDArray[Any], *others: NDArray[Any]) -> list[NDAr
     return [((array.astype(np.float64) - shift) * factor).astype(np.float32) for array in (fitted, *others)]
 
 
-def _digits() -> Dataset:
+def _embedded(source: str) -> Dataset:
     try:
-        from sklearn.datasets import load_digits
+        import sklearn.datasets
     except ImportError as error:
-        must = "the data `digits` needs scikit-learn, which is not installed"
+        must = f"the data `{source}` needs scikit-learn, which is not installed"
         raise MissingExtraError(message(must, hint="pip install 'normkit[lab]'")) from error
-    bunch = load_digits()
-    x = bunch.images[:, None].astype(np.float32)
+    bunch = getattr(sklearn.datasets, f"load_{source}")()
+    x = (bunch.images[:, None] if source == "digits" else bunch.data).astype(np.float32)
     y = bunch.target.astype(np.int64)
-    train, test = split(y, 450, _SPLIT_SEED)
-    return Dataset("digits", Part(x[train], y[train]), Part(x[test], y[test]), classes=10)
+    train, test = split(y, _EMBEDDED[source], _SPLIT_SEED)
+    return Dataset(source, Part(x[train], y[train]), Part(x[test], y[test]), classes=int(y.max()) + 1)
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:

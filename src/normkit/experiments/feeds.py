@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.experiments.code import call, takes
+from normkit.experiments.conditions import AS_USUAL, Conditions, by_pairs
 from normkit.experiments.data import Dataset, Prepared, from_arrays, is_arrays, prepare
 from normkit.experiments.protocol import Batch
 
@@ -73,8 +74,9 @@ class ArrayFeed(Feed):
 
     scalable = True
 
-    def __init__(self, data: Dataset) -> None:
+    def __init__(self, data: Dataset, conditions: Conditions = AS_USUAL) -> None:
         self.data, self._prepared = data, dict[str, Prepared]()
+        self._conditions = conditions
         self.shape, self.classes, self.fingerprint = data.shape, data.classes, data.fingerprint
         self.outputs = data.outputs
         first = self._parts("none")
@@ -91,7 +93,9 @@ class ArrayFeed(Feed):
     def batches(self, inputs: str, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """In an order that depends on seed and epoch alone."""
         x, y = self._parts(inputs).train
-        for rows in _rows(len(y), batch_size, seed, epoch):
+        for number, rows in enumerate(_rows(len(y), batch_size, seed, epoch)):
+            if self._conditions.by_class:
+                rows = rows[by_pairs(y[rows], seed, epoch, number)]
             yield x[rows], y[rows]
 
     def validation(self, inputs: str) -> Iterator[Batch]:
@@ -102,9 +106,18 @@ class ArrayFeed(Feed):
         """The test data."""
         return _chunks(*self._parts(inputs).test)
 
+    def under(self, conditions: Conditions) -> ArrayFeed:
+        """The same data under other conditions. Raises NormValueError where it cannot be under these."""
+        for name in ("label_noise", "by_class", "appearance"):
+            if getattr(conditions, name) and self.classes is None:
+                raise NormValueError(message(f"{name} must be asked of data with classes", "numbers to predict"))
+        if conditions.appearance and not self.data.is_images:
+            raise NormValueError(message("appearance must be asked of images", f"rows of {self.data.shape[0]} columns"))
+        return ArrayFeed(self.data, conditions)
+
     def _parts(self, inputs: str) -> Prepared:
         if inputs not in self._prepared:
-            self._prepared[inputs] = prepare(self.data, inputs)
+            self._prepared[inputs] = prepare(self.data, inputs, self._conditions)
         return self._prepared[inputs]
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from normkit.core.algebra import remaining
 from normkit.core.schedule import MOMENTUM, momentum_for
+from normkit.experiments.conditions import AS_USUAL, Conditions
 from normkit.frameworks import part
 
 __all__ = ["COMPILED", "Batch", "Scores", "Setup", "SiteValues", "Trainer", "Training", "debiased", "training"]
@@ -27,7 +28,8 @@ class Setup(NamedTuple):
     `model` is `cnn`, `mlp` or a function that returns a network; `shape` and `classes` are for the embedded models,
     `example` gives inputs for a network whose function takes no `norm`. `loss` is a name or a function of (outputs,
     targets) that gives the mean; `optimizer` a name or a function of (parameters, rate); `metric` a name or a function
-    of (outputs, targets) that gives a number.
+    of (outputs, targets) that gives a number. `conditions` of the network are for PyTorch's embedded models; `groups`
+    says into how many parts batch statistics split a batch.
     """
 
     model: str | Callable[..., Any]
@@ -43,6 +45,8 @@ class Setup(NamedTuple):
     seed: int
     steps: int
     example: Callable[[], Any] | None = None
+    conditions: Conditions = AS_USUAL
+    groups: int = 1
 
 
 class Scores(NamedTuple):
@@ -85,6 +89,12 @@ class Trainer(Protocol):
 
     def probe(self, x: Any) -> Sequence[SiteValues]:
         """Every call of an activation in a forward pass in training mode. Changes nothing, buffers included."""
+
+    def recalibrate(self, batches: Iterable[Batch]) -> None:
+        """Put statistics of all these inputs in the place of running ones, where the network keeps any.
+
+        Only PyTorch's trainer has to have it: no other is asked.
+        """
 
     def weights(self) -> dict[str, NDArray[Any]]:
         """A copy of the weights of the dense and convolutional layers, by name: the same names in every variant."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from normkit.experiments.conditions import Conditions
 from normkit.experiments.config import TrialConfig
 
 __all__ = ["Evaluation", "Gap", "SiteStats", "Snapshot", "TrialResult", "packed", "unpacked"]
@@ -132,7 +133,7 @@ class TrialResult:
         return cls(
             **{
                 **values,
-                "config": TrialConfig(**plain["config"]),
+                "config": _config(plain["config"]),
                 "curve": tuple(Evaluation(*_floats(row)) for row in plain["curve"]),
                 "snapshots": tuple(
                     Snapshot(snapshot["step"], tuple(SiteStats(*_floats(row)) for row in snapshot["sites"]))
@@ -143,6 +144,11 @@ class TrialResult:
                 "versions": tuple(plain["versions"].items()),
             }
         )
+
+
+def _config(plain: dict[str, Any]) -> TrialConfig:
+    """Trials from before there were conditions had none."""
+    return TrialConfig(**{**plain, "conditions": Conditions.made(plain.get("conditions", {}))})
 
 
 def packed(values: NDArray[Any]) -> str:

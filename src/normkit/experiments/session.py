@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from normkit.errors import NormError, NormRuntimeError, NormTypeError, NormValueError, message
 from normkit.experiments.code import Code, content_hash, files_of_the_user, takes
+from normkit.experiments.conditions import Conditions
 from normkit.experiments.config import GOALS, MOMENTUM, NORMS, Config, Task, TrialConfig, Variant, bare, short
 from normkit.experiments.data import DEFAULT_DATA, Dataset
 from normkit.experiments.feeds import ArrayFeed, DatasetFeed, Feed, feed_for
@@ -74,6 +75,7 @@ class Session:
         self.job = job
         self._values: dict[str, Any] = {}  # what was loaded: once, so that a file may be edited meanwhile
         self._feed: Feed | None = None
+        self._under: dict[Conditions, Feed] = {}
         for file, digest in job.files.items():
             if not Path(file).is_file() or content_hash(Path(file)) != digest:
                 must = f"{Path(file).name} must stay as it is while trials are run"
@@ -105,7 +107,7 @@ class Session:
         if asked.run:
             seed_everything(config.seed, self.training if self._framework_is_there() else None)
             return run_loop(config, self._function("run"), asked.metric, lambda: self.training)
-        return run_trial(config, self._recipe(), self._fed(), self.training)
+        return run_trial(config, self._recipe(), self._fed_under(config.conditions), self.training)
 
     def _plan_loop(self) -> Plan:
         config = self.job.config
@@ -163,6 +165,12 @@ class Session:
                 must = "a batch size must be at most the number of samples left for training"
                 raise NormValueError(message(must, f"{size} and {feed.samples}"))
         self.job = self.job._replace(config=config)
+        for conditions in config.conditions:
+            self._fed_under(conditions)
+            for size in sizes:
+                if size % (conditions.norm_batch or size):
+                    must = "a batch size must be a multiple of `norm_batch`"
+                    raise NormValueError(message(must, f"{size} and {conditions.norm_batch}"))
         norms, dropped = self._usable(config.norms)
         config = dataclasses.replace(config, norms=norms)
         self.job = self.job._replace(config=config)
@@ -208,10 +216,17 @@ class Session:
         return tuple(able), notes
 
     def _tried(self, norm: str) -> None:
-        config, feed = self.job.config, self._fed()
+        config = self.job.config
         assert config.batch_sizes is not None
-        small = dataclasses.replace(config, norms=(norm,), batch_sizes=(min(config.batch_sizes),), seeds=1)
-        trial = next(small.trials("", ""))
+        small = dataclasses.replace(
+            config, norms=(norm,), batch_sizes=(min(config.batch_sizes),), lrs=config.lrs[:1], seeds=1
+        )
+        firsts = {trial.conditions: trial for trial in small.trials("", "")}
+        for trial in firsts.values():
+            self._stepped(norm, trial)
+
+    def _stepped(self, norm: str, trial: TrialConfig) -> None:
+        config, feed = self.job.config, self._fed_under(trial.conditions)
         try:
             seed_everything(trial.seed, self.training)
             trainer = trainer_for(trial, self._recipe(), feed, self.training)
@@ -264,6 +279,17 @@ class Session:
             seed_everything(0, self.training)  # what is drawn while the data is read has the same fingerprint each time
             self._feed = feed_for(short(config.data or DEFAULT_DATA), data, config.loss, config.batch_sizes)
         return self._feed
+
+    def _fed_under(self, conditions: Conditions) -> Feed:
+        feed = self._fed()
+        if not conditions.of_data:
+            return feed
+        if not isinstance(feed, ArrayFeed):
+            must = f"data must be arrays under these conditions: {', '.join(conditions.of_data)}"
+            raise NormValueError(message(must, "data sets or loaders"))
+        if conditions not in self._under:
+            self._under[conditions] = feed.under(conditions)
+        return self._under[conditions]
 
     def _framework_is_there(self) -> bool:
         try:

@@ -62,6 +62,8 @@ def trainer_for(config: TrialConfig, recipe: Recipe, feed: Feed, training: Train
             seed=config.seed,
             steps=config.epochs * feed.steps(config.batch_size),
             example=lambda: _first([next(iter(feed.validation(config.inputs)))]),
+            conditions=config.conditions,
+            groups=-(-config.batch_size // (config.conditions.norm_batch or config.batch_size)),
         )
     )
 
@@ -107,6 +109,8 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
             train_losses.append(statistics.fmean(losses))
             snapshots.append(Snapshot(len(times), sites.measure(trainer.probe(looked_at))))
     peak_memory = memory.bytes()
+    if not diverged:
+        _take_population(trainer, feed, config)
     test = None if diverged else trainer.evaluate(feed.test(config.inputs))
     return TrialResult(
         config=config,
@@ -125,6 +129,14 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
         tested=feed.tested,
         versions=tuple(training.versions().items()),
     )
+
+
+def _take_population(trainer: Trainer, feed: Feed, config: TrialConfig) -> None:
+    """Statistics of a whole part for evaluation, where the conditions ask for it; of the test part inputs alone."""
+    if config.conditions.population == "training":
+        trainer.recalibrate(feed.batches(config.inputs, config.batch_size, config.seed, config.epochs))
+    elif config.conditions.population == "test":
+        trainer.recalibrate(feed.test(config.inputs))
 
 
 def _evaluation(step: int, seconds: float, scores: Scores) -> Evaluation:

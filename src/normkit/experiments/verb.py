@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.experiments.code import Code, refuse_when_imported, takes
 from normkit.experiments.comparison import Comparison
+from normkit.experiments.conditions import Conditions
 from normkit.experiments.config import GOALS, Config, Task, is_reference
 from normkit.experiments.data import DEFAULT_DATA, Dataset, from_arrays, is_arrays, load
 from normkit.experiments.progress import NoProgress, Progress, progress
@@ -45,6 +46,7 @@ def compare(
     goal: str | None = None,
     target: float | None = None,
     framework: str = _DEFAULT.framework,
+    conditions: Sequence[Conditions | Mapping[str, Any]] = _DEFAULT.conditions,
     workers: int | None = None,
     storage: str | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -86,6 +88,9 @@ def compare(
         goal: `max` or `min`, for a metric of your own.
         target: value of the metric whose first crossing is timed; 0.95 for accuracy.
         framework: what trains: `torch`, `keras` (on the backend that KERAS_BACKEND names) or `nnx`.
+        conditions: what is changed about data and network for all variants, one set of conditions after the other:
+            `[{}, {"label_noise": 0.3}]` compares on clean labels and on noisy ones (see
+            :class:`normkit.experiments.conditions.Conditions`).
         workers: processes, one thread each; by default one per core.
         storage: where trials are kept, a storage URL of Optuna; by default `trials.db` in `out`. With neither nothing
             is kept.
@@ -123,6 +128,7 @@ def compare(
         goal=goal,
         target=target,
         framework=framework,
+        conditions=conditions,  # type: ignore[arg-type]
     )
     workers = _checked_workers(workers)
     teller: Progress = progress() if show_progress else NoProgress()

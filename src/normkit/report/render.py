@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from normkit.experiments.comparison import Comparison
     from normkit.report.draw import Drawable
 
-__all__ = ["fragment", "page", "pictures", "require"]
+__all__ = ["figures_of", "fragment", "page", "pictures", "require"]
 
 _SIZE = 490_000  # bytes of a page
 _AROUND = 1_200  # of the heading and explanation of a figure
@@ -53,8 +53,9 @@ def pictures(comparison: Comparison) -> dict[str, str | bytes]:
 
     files: dict[str, str | bytes] = {}
     for group in comparison.groups:
-        for kind, figure in _figures(comparison, group).items():
-            name = "-".join([kind, *map(str, group.setting)]) if len(comparison.groups) > 1 else kind
+        for kind, figure in figures_of(comparison, group).items():
+            parts = [str(part).replace(", ", "-").replace(" ", "-") for part in group.setting if part]
+            name = "-".join([kind, *parts]) if len(comparison.groups) > 1 else kind
             files[f"{name}.svg"] = draw.standalone(draw.svg(figure, name))
             files[f"{name}.png"] = draw.png(figure)
     return files
@@ -68,7 +69,7 @@ def _rendered(template: str, comparison: Comparison) -> str:
     task = comparison.task
     sections = [_section(comparison, group) for group in comparison.groups]
     overview = words.by_batch_size(comparison)
-    figures = [_figures(comparison, group) for group in comparison.groups]
+    figures = [figures_of(comparison, group) for group in comparison.groups]
 
     def rendered() -> str:
         return page.render(
@@ -119,7 +120,7 @@ def _section(comparison: Comparison, group: Group) -> _Section:
     )
 
 
-def _figures(comparison: Comparison, group: Group) -> dict[str, Drawable]:
+def figures_of(comparison: Comparison, group: Group) -> dict[str, Drawable]:
     """By name, in the order in which a page shows them; those with nothing to draw are left out."""
     task, beside = comparison.task, _beside(comparison, group)
     validation, final = words.validation_name(comparison), words.final_name(comparison)
@@ -173,6 +174,9 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         "Learning rates": listed(config.lrs),
         "Batch sizes": listed(config.batch_sizes),
         "Inputs": listed(config.inputs),
+        "Conditions": "; ".join(str(conditions) or "as usual" for conditions in config.conditions)
+        if any(conditions.changes() for conditions in config.conditions)
+        else "",
         "Seeds": f"{config.seeds} (0 to {config.seeds - 1})" if config.seeds > 1 else "1 (0)",
         "Epochs": f"{config.epochs}",
         "Trials": counted,

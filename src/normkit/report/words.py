@@ -134,6 +134,7 @@ def setting(comparison: Comparison, group: Group) -> str:
     parts = []
     if len({other.setting.batch_size for other in comparison.groups}) > 1:
         parts.append(f"batch size {group.setting.batch_size}")
+    parts.append(group.setting.conditions)
     return ", ".join(filter(None, [*parts, _inputs(comparison, group)]))
 
 
@@ -396,7 +397,8 @@ def by_batch_size(comparison: Comparison) -> list[Table]:
     """Where there are several batch sizes: the final metric and the steps to the target, a column per batch size."""
     by_inputs: dict[str, list[Group]] = {}
     for group in comparison.groups:
-        by_inputs.setdefault(_inputs(comparison, group), []).append(group)
+        rest = ", ".join(filter(None, [group.setting.conditions, _inputs(comparison, group)]))
+        by_inputs.setdefault(rest, []).append(group)
     task, tables = comparison.task, []
     unit = ", %" if task.is_share else ""
     shown: list[tuple[str, Callable[[VariantSummary], str]]] = [

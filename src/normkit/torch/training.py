@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from normkit.errors import NormValueError, message
+from normkit.surgery.recalibration import recalibrate
 from normkit.surgery.variants import normalized
 from normkit.torch import objectives
 from normkit.torch.factory import norm_factory
@@ -104,6 +105,11 @@ class TorchTrainer:
         """Every call of an activation in a forward pass in training mode; changes nothing, buffers included."""
         return probe(self.network, x)
 
+    def recalibrate(self, batches: Iterable[Batch]) -> None:
+        """Put statistics of all these inputs in the place of running ones, where the network keeps any."""
+        if any(name.endswith("running_mean") for name, _ in self.network.named_buffers()):
+            recalibrate(self.network, [(as_tensors(x, self.network),) for x, _ in batches])  # inputs may be a tuple
+
     def weights(self) -> dict[str, NDArray[Any]]:
         """A copy of the weights of the dense and convolutional layers, by their order."""
         layers = weighted_layers(self.network)
@@ -138,6 +144,8 @@ def trainer(setup: Setup) -> TorchTrainer:
             position=setup.position,
             steps=setup.steps,
             seed=setup.seed,
+            groups=setup.groups,
+            conditions=setup.conditions,
         )
     else:
         network = _built(setup.model, setup)

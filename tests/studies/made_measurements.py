@@ -1,0 +1,113 @@
+"""Measurements made by hand: every number a criterion may look at, in a network on which the claim holds."""
+
+from normkit.studies import criteria as names
+from normkit.studies.measurements import USUAL, Measured, Measurements
+
+RATES = (0.001, 0.01, 0.1, 1.0)
+WIGGLE = (0.001, -0.001, 0.002, -0.002, 0.0)  # between seeds
+
+
+def one(norm, arm=USUAL, mean=0.95, steps=50, usable=RATES[:3], gap=0.0, depths=(1.0, 1.0), seeds=5, **values):
+    """A mean of None is a norm that diverged at every rate, steps of None a target that no seed reached."""
+    around = WIGGLE[:seeds]
+    known = mean is not None
+    reached = tuple(None if steps is None else steps + place % 2 for place in range(seeds)) if known else ()
+    return Measured(
+        arm,
+        norm,
+        rates=RATES,
+        usable=usable if known else (),
+        best_lr=0.01 if known else None,
+        seeds=seeds,
+        runs=4 * seeds,
+        epochs=6,
+        budget=200,
+        steps=reached,
+        seconds=tuple(None if step is None else 0.01 * step for step in reached),
+        step_seconds=0.01,
+        final=tuple(mean + w for w in around) if known else (),
+        gaps=tuple(gap + w for w in around) if known else (),
+        depths=(depths,) * seeds,
+        examples=450,
+        trained=2.0,
+        **values,
+    )
+
+
+def holds(seeds=5):
+    """For every study the measurements on which its claim holds, by what may be changed in them."""
+    few = {"seeds": seeds}
+    plain = one("none", mean=0.94, steps=120, usable=RATES[:1], **few)
+    made = {
+        "inputs": [
+            *(one("batch", inputs=mode, **few) for mode in ("none", "max", "minmax", "standard")),
+            one("none", inputs="none", mean=0.8, usable=RATES[:1], **few),
+            one("none", inputs="standard", usable=RATES[:2], **few),
+            one("none", names.FIRST, inputs="none", **few),
+        ],
+        "convergence": [one("batch", **few), plain],
+        "overhead": [one("batch", **few), plain],
+        "learning-rate": [one("batch", **few), plain],
+        "initialization": [
+            *(one("batch", arm, **few) for arm in (USUAL, names.weights(0.1), names.weights(10))),
+            one("none", **few),
+            one("none", names.weights(0.1), usable=(), **few),
+            one("none", names.weights(10), mean=None, **few),
+        ],
+        "depth": [
+            one("batch", names.layers(4), **few),
+            one("none", names.layers(4), **few),
+            one("batch", names.layers(20), depths=(1.0, 0.98), **few),
+            one("none", names.layers(20), depths=(1.4, 0.01), usable=RATES[:1], **few),
+        ],
+        "train-eval-gap": [
+            one("batch", names.TORCH, gap=0.01, **few),
+            one("batch", names.KERAS, gap=0.5, **few),
+            one("batch", names.POPULATION, gap=0.02, **few),
+            one("batch", names.LONG, gap=0.0, **few),
+        ],
+        "batch-size": [
+            *(
+                one("batch", names.groups_of(size), mean, **few)
+                for size, mean in ((32, 0.96), (16, 0.96), (8, 0.95), (4, 0.9), (2, 0.7))
+            ),
+            one("renorm", names.groups_of(32), **few),
+            one("renorm", names.groups_of(4), 0.95, **few),
+            one("group", mean=0.95, **few),
+            one("layer", **few),
+        ],
+        "placement": [one("batch", **few), one("batch:after", steps=52, **few), plain],
+        "regularization": [one(norm, arm, **few) for norm in ("batch", "none") for arm in SPOILED],
+        "dropout": [
+            one(norm, arm + drop, **few)
+            for norm in ("batch", "none")
+            for arm in SPOILED
+            for drop in ("", f", {names.DROPOUT}" if arm else names.DROPOUT)
+        ],
+        "appearance": [
+            one("batch", names.RANDOM, 0.97, **few),
+            one("none", names.RANDOM, 0.93, **few),
+            one("batch", names.SWAPPED, 0.9, **few),
+            one("batch", names.SHIFTED, 0.8, **few),
+            one("batch", names.TESTED, 0.95, **few),
+        ],
+        "non-iid": [
+            one("batch", names.BLOCKED, 0.3, gap=0.6, **few),
+            one("group", names.BLOCKED, 0.95, **few),
+            one("renorm", names.BLOCKED, 0.8, **few),
+        ],
+    }
+    return {name: Measurements(found) for name, found in made.items()}
+
+
+SPOILED = (USUAL, names.LABELS, names.OUTLIERS)
+
+
+def changed(found, norm, arm=None, inputs=None, **values):
+    """The same with what belongs to a norm (in a circumstance, with a scaling of inputs) measured anew."""
+    return Measurements(
+        one(m.norm, m.arm, inputs=m.inputs, **values)
+        if m.norm == norm and arm in (None, m.arm) and inputs in (None, m.inputs)
+        else m
+        for m in found
+    )
