@@ -75,7 +75,8 @@ def normalize(
         return None
     if gamma is not None and spec.gain == "1+w":
         gamma = gamma.float() + 1.0  # not in half precision, which has no room for both
-    return Normalized(*_Normalize.apply(x, residual, gamma, beta, spec, p, found, eps, activation), found)
+    y, statistics = _Normalize.apply(x, residual, gamma, beta, spec, p, found, eps, activation)
+    return Normalized(y, statistics, found)
 
 
 def keep(spec: NormSpec, done: Normalized, kept: dict[str, Tensor], rate: float | None, *, skip: bool) -> bool | None:

@@ -63,7 +63,10 @@ def _normalized(
     compiling = torch.compiler.is_compiling()  # the cache of `plan` cannot be traced
     p = (plan.compile_plan if compiling else plan.plan)(spec, x.dim(), sizes)
     found = None if needs_plain(x, gamma, beta) else compiled.normalize(spec, p, x, gamma, beta, eps, None, None)
-    y, moments = found or normalize(spec, p, x, gamma, beta, eps)
+    if found is not None:
+        y, moments = found.y, found.moments() if spec.tracked else []
+    else:
+        y, moments = normalize(spec, p, x, gamma, beta, eps)
     return y.to(x.dtype), moments
 
 
