@@ -379,7 +379,7 @@ def threads():
 
 
 def test_threads_agree(threads):
-    x, dy = torch.randn(40, 16, 10, 10), torch.randn(40, 16, 10, 10)
+    x, dy = torch.randn(48, 16, 10, 10), torch.randn(48, 16, 10, 10)
     assert x.numel() > compiled._ALONE
     for layout in FORMATS.values():
         steps = []

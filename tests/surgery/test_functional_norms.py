@@ -7,6 +7,7 @@ from architectures import randomized
 from torch import nn
 
 import normkit
+import normkit.torch as ours
 from normkit.errors import NormError
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -104,3 +105,16 @@ def test_freeze_says_that_it_is_not_reached():
     both.train()(X)
     assert not both[0].running_mean.any()
     assert both[1].running_mean.any()
+
+
+@pytest.mark.parametrize(
+    ("layer", "buffers"),
+    [
+        (ours.EvoNormB0(3), "running_var of 1"),
+        (ours.BatchNormLSTM(3, 2), r"running_mean_\w+ and running_\w+ of 1"),
+    ],
+)
+def test_layers_with_running_statistics_of_another_kind_are_named(layer, buffers):
+    both = nn.Sequential(nn.BatchNorm2d(3), layer)
+    with pytest.warns(UserWarning, match=f"freeze reaches running statistics in batch norms alone.*{buffers}"):
+        normkit.freeze(both)

@@ -177,7 +177,8 @@ def test_wrong_types(case):
 
 OTHERS = {"NormAct", *normalizer_free.__all__, *weights.__all__}  # no norms of values
 LAYERS = [getattr(nk, name) for name in nk.__all__ if name[0].isupper() and name not in OTHERS]
-FIRST = {"LayerNorm": 8, "RMSNorm": 8, "GroupNorm": (2, 8)}
+RECURRENT = dict.fromkeys(("BatchNormLSTM", "BatchNormGRU", "LayerNormLSTM", "LayerNormGRU"), (8, 8))
+FIRST = {"LayerNorm": 8, "RMSNorm": 8, "GroupNorm": (2, 8), **RECURRENT}
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda c: c.__name__)
@@ -202,11 +203,12 @@ def test_every_constrained_argument_refuses_every_bad_value(layer):
 @pytest.mark.parametrize("spatial", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", CATALOG)
 def test_a_layer_for_every_entry_of_the_catalog(name, spatial):
-    if name == "instance" and spatial == 0:
+    if name in ("instance", "evonorm_b0") and spatial == 0:
         pytest.skip("nothing to normalize over, refused: see WRONG")
     layer = nk.norm_layer(name, 8, spatial, steps=100)
     x = torch.randn(6, 8, *(3,) * spatial, generator=G)
     y = layer(x)
     assert y.shape == x.shape
     assert isinstance(layer, nn.Module)
-    assert abs(y.mean()) < 0.5
+    # What activates leaves only what is positive: of single positions, which frn makes signs, half are 1.
+    assert abs(y.mean()) < (0.8 if CATALOG[name].activates else 0.5)

@@ -10,6 +10,10 @@
 
 #include "kernels.hpp"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace nb = nanobind;
 using namespace normkit;
 
@@ -118,12 +122,24 @@ bool keep(Index count, Address mean, Address rest, Address var, Address running_
     return finite;
 }
 
+// Ask for huge pages where memory has not been touched yet: a page of 4 KB costs a fault, and large outputs have thousands.
+void want_huge_pages(Address begin, std::size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr Address PAGE = Address(1) << 21;
+    const Address from = (begin + PAGE - 1) / PAGE * PAGE, to = (begin + bytes) / PAGE * PAGE;
+    if (to > from) madvise(at<void>(from), to - from, MADV_HUGEPAGE);  // refused, it is as slow as without
+#else
+    (void)begin, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     m.def("instruction_sets", &instruction_sets,
           "Instruction sets this processor executes, from the widest to the narrowest.");
     m.def("forward", &forward, nb::call_guard<nb::gil_scoped_release>(), "See normkit.kernels.native.");
+    m.def("want_huge_pages", &want_huge_pages, "See normkit.torch._compiled.");
     m.def("keep", &keep, "See normkit.kernels.native.");
     m.def("backward", &backward, nb::call_guard<nb::gil_scoped_release>(), "See normkit.kernels.native.");
 }

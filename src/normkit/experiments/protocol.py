@@ -16,7 +16,18 @@ from normkit.core.schedule import MOMENTUM, momentum_for
 from normkit.experiments.conditions import AS_USUAL, Conditions
 from normkit.frameworks import part
 
-__all__ = ["COMPILED", "Batch", "Scores", "Setup", "SiteValues", "Trainer", "Training", "debiased", "training"]
+__all__ = [
+    "COMPILED",
+    "Batch",
+    "RecalibratingTrainer",
+    "Scores",
+    "Setup",
+    "SiteValues",
+    "Trainer",
+    "Training",
+    "debiased",
+    "training",
+]
 
 COMPILED = "Steps are compiled before they are timed."
 Batch = tuple[Any, Any]  # inputs and targets: NumPy arrays, or whatever a loader of that framework gives
@@ -90,14 +101,15 @@ class Trainer(Protocol):
     def probe(self, x: Any) -> Sequence[SiteValues]:
         """Every call of an activation in a forward pass in training mode. Changes nothing, buffers included."""
 
-    def recalibrate(self, batches: Iterable[Batch]) -> None:
-        """Put statistics of all these inputs in the place of running ones, where the network keeps any.
-
-        Only PyTorch's trainer has to have it: no other is asked.
-        """
-
     def weights(self) -> dict[str, NDArray[Any]]:
         """A copy of the weights of the dense and convolutional layers, by name: the same names in every variant."""
+
+
+class RecalibratingTrainer(Trainer, Protocol):
+    """What PyTorch's trainer can do besides, and conditions ask of no other."""
+
+    def recalibrate(self, batches: Iterable[Batch]) -> None:
+        """Put statistics of all these inputs in the place of running ones, where the network keeps any."""
 
 
 class Training(Protocol):

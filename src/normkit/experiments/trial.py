@@ -8,14 +8,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from normkit.experiments.config import MOMENTUM, TrialConfig, Variant
 from normkit.experiments.feeds import Feed, epoch_seed
 from normkit.experiments.memory import PeakMemory
-from normkit.experiments.protocol import Batch, Scores, Setup, Trainer, Training
+from normkit.experiments.protocol import Batch, RecalibratingTrainer, Scores, Setup, Trainer, Training
 from normkit.experiments.results import Evaluation, Gap, Snapshot, TrialResult, packed
 from normkit.experiments.sites import Sites
 
@@ -133,10 +133,13 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
 
 def _take_population(trainer: Trainer, feed: Feed, config: TrialConfig) -> None:
     """Statistics of a whole part for evaluation, where the conditions ask for it; of the test part inputs alone."""
+    if not config.conditions.population:
+        return
+    able = cast(RecalibratingTrainer, trainer)  # conditions on other frameworks are refused before
     if config.conditions.population == "training":
-        trainer.recalibrate(feed.batches(config.inputs, config.batch_size, config.seed, config.epochs))
-    elif config.conditions.population == "test":
-        trainer.recalibrate(feed.test(config.inputs))
+        able.recalibrate(feed.batches(config.inputs, config.batch_size, config.seed, config.epochs))
+    else:
+        able.recalibrate(feed.test(config.inputs))
 
 
 def _evaluation(step: int, seconds: float, scores: Scores) -> Evaluation:

@@ -35,7 +35,8 @@ __all__ = ["Normalized", "covers", "evaluate", "keep", "normalize"]
 _native = available()
 _DTYPES = {torch.float32: TYPES["float32"], torch.bfloat16: TYPES["bfloat16"]}
 _SET = instruction_set()
-_ALONE = 1 << 14  # values below which a second thread costs more than it saves
+_ALONE = 1 << 16  # values below which a second thread costs more than it saves
+_HUGE = 32 << 20  # bytes; glibc maps what is larger anew for every allocation, whatever its threshold has grown to
 
 
 class Normalized(NamedTuple):
@@ -235,7 +236,7 @@ def _forward(
     given: bool,
     activation: str | None,
 ) -> Tensor:
-    y = torch.empty_like(x)
+    y = _empty_like(x)
     gamma, beta = _single(gamma), _single(beta)
     residual = None if residual is None else _like(residual, x)
     addresses = map(_address, (x, residual, gamma, beta, y))
@@ -262,10 +263,10 @@ def _backward(
     dy = _like(dy, x)
     residual = None if residual is None else _like(residual, x)
     own_gamma, own_beta = _single(gamma), _single(beta)
-    dx = torch.empty_like(x) if needs[0] else None
+    dx = _empty_like(x) if needs[0] else None
     # Without an activation the gradient goes through the sum as it is.
     through = summed and needs[1] and activation is not None
-    dresidual = torch.empty_like(x) if through else None
+    dresidual = _empty_like(x) if through else None
     dgamma = torch.empty(gamma.shape, dtype=torch.float32) if gamma is not None and needs[2] else None
     dbeta = torch.empty(beta.shape, dtype=torch.float32) if beta is not None and needs[3] else None
     tensors = (dy, x, residual, own_gamma, own_beta, dx, dresidual, dgamma, dbeta)
@@ -351,6 +352,13 @@ def _unfit(layout: Layout | None, x: Tensor, residual: Tensor | None, *affine: T
     if any(t is not None and (t.device.type != "cpu" or t.dtype not in _DTYPES) for t in affine):
         return "gamma or beta of a type that is neither float32 nor bfloat16"
     return ""
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    if x.nbytes > _HUGE:
+        _native.want_huge_pages(y.data_ptr(), x.nbytes)
+    return y
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:

@@ -46,23 +46,26 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield site
 
 
-def warn_of_functions(who: str, model: nn.Module, reached: Callable[[nn.Module], bool]) -> None:
-    """Warn of running statistics that are used by functions, such as `F.batch_norm`, and so are nobody's to look after.
+_RUNNING = ("running_mean", "running_var")
 
-    Known by their names, on modules that are no norm. Frozen batch norms, which have no parameters, are meant to stay.
+
+def warn_of_functions(who: str, model: nn.Module, reached: Callable[[nn.Module], bool]) -> None:
+    """Warn of running statistics that nobody looks after: of functions, such as `F.batch_norm`, and of other layers.
+
+    Known by their names. Frozen batch norms, which have no parameters, are meant to stay.
     """
-    paths = [
-        path or type(module).__name__
+    found = [
+        (path or type(module).__name__, names)
         for path, module in model.named_modules()
-        if {"running_mean", "running_var"} <= module._buffers.keys()
-        and module._buffers["running_mean"] is not None
+        if (names := [n for n, b in module._buffers.items() if b is not None and n.startswith(_RUNNING)])
         and not reached(module)
         and "frozen" not in type(module).__name__.lower()
     ]
-    if paths:
-        must = f"{who} running statistics in batch norms alone, not those that a forward gives to functions"
-        hint = "make them layers: nn.BatchNorm2d(channels) in place of F.batch_norm"
-        warnings.warn(message(must, f"running_mean and running_var of {', '.join(paths)}", hint), stacklevel=3)
+    if found:
+        must = f"{who} running statistics in batch norms alone, not those of other layers or of functions in a forward"
+        got = "; ".join(f"{' and '.join(names[:2])} of {path}" for path, names in found)
+        hint = "make functions layers: nn.BatchNorm2d(channels) in place of F.batch_norm"
+        warnings.warn(message(must, got, hint), stacklevel=3)
 
 
 def recognize(path: str, module: nn.Module) -> Site | None:
