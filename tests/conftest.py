@@ -25,7 +25,7 @@ BUDGETS = {
     "surgery": 120,
     "checks": 120,
     "cli": 60,
-    "benchmarking": 30,
+    "benchmarking": 45,
     "docs": 60,
     "teaching": 60,
     "studies": 60,
