@@ -131,13 +131,9 @@ struct Line {
     float mean, gain, shift;
 };
 
-inline Line line(const Scale& s, float gamma, float beta) {
-    const float gain = s.rstd * gamma;
-    return {s.mean, gain, beta - s.rest * gain};
-}
-
 inline Line line(const Scale& s, const Tensors& t, Index entry) {
-    return line(s, t.gamma ? t.gamma[entry] : 1.0f, t.beta ? t.beta[entry] : 0.0f);
+    const float gain = t.gamma ? s.rstd * t.gamma[entry] : s.rstd, beta = t.beta ? t.beta[entry] : 0.0f;
+    return {s.mean, gain, beta - s.rest * gain};
 }
 
 inline Scale given(const Tensors& t, Index k) {
@@ -283,10 +279,10 @@ Moments row_moments(const T* x, Index runs, Index stride, Index span, bool cente
 }
 
 // Neighbouring rows [row, row + size) with entries [b, b + size), the first starting at `start`.
-struct Bundle {
+struct Patch {
     Index row, b, size, start;
 
-    Bundle(const Rows& g, Index number, Index most) {
+    Patch(const Rows& g, Index number, Index most) {
         const Index each = (g.inner + most - 1) / most;
         b = (number % each) * most;
         row = (number / each) * g.inner + b;
@@ -335,11 +331,11 @@ void patches_forward(const Rows& g, const Tensors& t) {
     const T* const x = (const T*)t.x;
     const T* const residual = (const T*)t.residual;
     T* const y = (T*)t.y;
-    const Index most = patch_rows(g), count = Bundle::count(g, most);
+    const Index most = patch_rows(g), count = Patch::count(g, most);
     const double n = (double)(g.runs * g.span);
 #pragma omp parallel for num_threads(t.threads) schedule(static)
     for (Index number = 0; number < count; ++number) {
-        const Bundle patch(g, number, most);
+        const Patch patch(g, number, most);
         const Index width = patch.size * g.span;
         const T* const px = x + patch.start;
         float mean[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
@@ -490,11 +486,11 @@ void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
     const T* const residual = (const T*)t.residual;
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
-    const Index most = patch_rows(g), count = Bundle::count(g, most);
+    const Index most = patch_rows(g), count = Patch::count(g, most);
     const double n = (double)(g.runs * g.span);
 #pragma omp parallel for num_threads(t.threads) schedule(static)
     for (Index number = 0; number < count; ++number) {
-        const Bundle patch(g, number, most);
+        const Patch patch(g, number, most);
         const Index width = patch.size * g.span;
         float mean[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
         double sums[PATCH] = {}, products[PATCH] = {};
@@ -546,22 +542,16 @@ void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
     }
 }
 
+// Row by row; the shares of dgamma and dbeta as in rows_backward.
 template <class T, int A, bool R>
-void rows_backward(const Rows& g, const Tensors& t) {
+void each_row_backward(const Rows& g, const Tensors& t, Index entries, double* dgamma, double* dbeta) {
     const T* const x = (const T*)t.x;
     const T* const dy = (const T*)t.dy;
     const T* const residual = (const T*)t.residual;
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
-    const Index entries = g.affine == PER_VALUE ? g.span : g.affine == PER_ROW ? g.inner : g.inner * g.runs;
     const bool each = g.affine == PER_VALUE;
-    // Shares of dgamma and dbeta: of every thread for PER_VALUE, else of every row and run. Summed in a fixed order.
-    const Index shares = each ? t.threads * entries : g.affine == PER_ROW ? g.rows : g.rows * g.runs;
-    Array<double> dgamma(t.dgamma ? shares : 0);
-    Array<double> dbeta(t.dbeta ? shares : 0);
-    const bool bundled = patched(g, t);
-    if (bundled) patches_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
-#pragma omp parallel num_threads(t.threads) if (!bundled)
+#pragma omp parallel num_threads(t.threads)
     {
         int thread = 0;
 #if defined(_OPENMP)
@@ -579,7 +569,7 @@ void rows_backward(const Rows& g, const Tensors& t) {
             pending = 0;
         };
 #pragma omp for schedule(static)
-        for (Index row = 0; row < (bundled ? 0 : g.rows); ++row) {
+        for (Index row = 0; row < g.rows; ++row) {
             const Index b = row % g.inner, start = (row / g.inner) * g.outer_stride + b * g.inner_stride;
             const Scale s = given(t, t.given ? b : row);
             double sg = 0, sgx = 0;
@@ -645,6 +635,20 @@ void rows_backward(const Rows& g, const Tensors& t) {
         }
         if (each && (dgamma || dbeta)) flush();
     }
+}
+
+template <class T, int A, bool R>
+void rows_backward(const Rows& g, const Tensors& t) {
+    const bool each = g.affine == PER_VALUE;
+    const Index entries = each ? g.span : g.affine == PER_ROW ? g.inner : g.inner * g.runs;
+    // Shares of dgamma and dbeta: of every thread for PER_VALUE, else of every row and run. Summed in a fixed order.
+    const Index shares = each ? t.threads * entries : g.affine == PER_ROW ? g.rows : g.rows * g.runs;
+    Array<double> dgamma(t.dgamma ? shares : 0);
+    Array<double> dbeta(t.dbeta ? shares : 0);
+    if (patched(g, t))
+        patches_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
+    else
+        each_row_backward<T, A, R>(g, t, entries, dgamma.get(), dbeta.get());
     const Index times = entries ? shares / entries : 0;
     for (Index k = 0; k < entries; ++k) {
         double a = 0, b = 0;

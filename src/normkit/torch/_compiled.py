@@ -30,7 +30,7 @@ from normkit.kernels.native import (
 )
 from normkit.torch._layout import CHANNELS_LAST, layout_of
 
-__all__ = ["Normalized", "covers", "evaluate", "keep", "normalize"]
+__all__ = ["Normalized", "covers", "evaluate", "keep", "normalize", "threads"]
 
 _native = available()
 _DTYPES = {torch.float32: TYPES["float32"], torch.bfloat16: TYPES["bfloat16"]}
@@ -240,8 +240,8 @@ def _forward(
     gamma, beta = _single(gamma), _single(beta)
     residual = None if residual is None else _like(residual, x)
     addresses = map(_address, (x, residual, gamma, beta, y))
-    kind, act, threads = _DTYPES[x.dtype], ACTIVATIONS[activation], _threads(x)
-    _native.forward(_SET, numbers, *addresses, *places, eps, center, given, kind, act, threads)
+    kind, act = _DTYPES[x.dtype], ACTIVATIONS[activation]
+    _native.forward(_SET, numbers, *addresses, *places, eps, center, given, kind, act, threads(x))
     return y
 
 
@@ -271,7 +271,7 @@ def _backward(
     dbeta = torch.empty(beta.shape, dtype=torch.float32) if beta is not None and needs[3] else None
     tensors = (dy, x, residual, own_gamma, own_beta, dx, dresidual, dgamma, dbeta)
     kind, act = _DTYPES[x.dtype], ACTIVATIONS[activation]
-    _native.backward(_SET, numbers, *map(_address, tensors), *places, eps, center, given, kind, act, _threads(x))
+    _native.backward(_SET, numbers, *map(_address, tensors), *places, eps, center, given, kind, act, threads(x))
     if summed and needs[1] and not through:
         dresidual = dy
     narrow = [None if g is None or t is None else g.to(t.dtype) for g, t in ((dgamma, gamma), (dbeta, beta))]
@@ -383,5 +383,6 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _threads(x: Tensor) -> int:
+def threads(x: Tensor) -> int:
+    """How many threads a kernel uses on such a tensor."""
     return 1 if x.numel() < _ALONE else torch.get_num_threads()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from normkit.kernels.native import ACTIVATIONS, TYPES, available, instruction_set
+from normkit.torch._compiled import threads
 
 __all__ = ["COMPILED", "Kernels", "lstm", "product", "usable"]
 
@@ -26,7 +27,6 @@ COMPILED = _native is not None
 _SET = instruction_set()
 _KIND, _NONE = TYPES["float32"], ACTIVATIONS[None]
 _FLOAT = 4  # bytes
-_ALONE = 1 << 14  # values below which a second thread costs more than it saves
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
@@ -146,14 +146,14 @@ class _Norm:
     def forward(self, t: int, row: int, x: Tensor, residual: int, y: Tensor) -> None:
         _native.forward(
             _SET, self.numbers(len(x)), x.data_ptr(), residual, *self.affine, y.data_ptr(), *self._of_step(t, row),
-            self.kernels.eps, True, self.kernels.given[t], _KIND, _NONE, _threads(x),
+            self.kernels.eps, True, self.kernels.given[t], _KIND, _NONE, threads(x),
         )  # fmt: skip
 
     def backward(self, t: int, row: int, dy: Tensor, x: Tensor, dx: Tensor, dgamma: Tensor, dbeta: Tensor) -> None:
         _native.backward(
             _SET, self.numbers(len(x)), dy.data_ptr(), x.data_ptr(), 0, *self.affine, dx.data_ptr(), 0,
             dgamma.data_ptr(), dbeta.data_ptr() if self.affine[1] else 0, *self._of_step(t, row),
-            self.kernels.eps, True, self.kernels.given[t], _KIND, _NONE, _threads(x),
+            self.kernels.eps, True, self.kernels.given[t], _KIND, _NONE, threads(x),
         )  # fmt: skip
 
 
@@ -282,7 +282,3 @@ def _twice(
     wanted = [t for t in own if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad([y for y, _ in results], wanted, [dy for _, dy in results], create_graph=True))
     return [next(found) if t is not None and t.requires_grad else None for t in own]
-
-
-def _threads(x: Tensor) -> int:
-    return 1 if x.numel() < _ALONE else torch.get_num_threads()

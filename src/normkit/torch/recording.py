@@ -18,7 +18,7 @@ from normkit.core.record import TrackedLayer
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.torch import layers as ours
 from normkit.torch.probe import as_tensors, check_sized, forward, untouched
-from normkit.torch.sites import warn_of_functions
+from normkit.torch.sites import warn_of_unreached
 from normkit.torch.states import is_frozen
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def tracked(model: nn.Module) -> Iterator[TrackedLayer]:
     NormValueError for lazy layers, and warns of running statistics that no norm layer has.
     """
     check_sized(model)
-    warn_of_functions("recalibrate and adapt reach", model, lambda module: isinstance(module, _KINDS))
+    warn_of_unreached("recalibrate and adapt reach", model, lambda module: isinstance(module, _KINDS))
     for path, module in bare(model).named_modules():
         used = getattr(module, "running_mean", None) is not None and getattr(module, "track_running_stats", True)
         if isinstance(module, _KINDS) and used and not is_frozen(module) and (module.training or not model.training):

@@ -22,7 +22,7 @@ from normkit.surgery.sites import Site
 from normkit.torch.graph import computes_as_named
 from normkit.torch.porting import NAMES, read
 
-__all__ = ["recognize", "sites", "warn_of_functions"]
+__all__ = ["recognize", "sites", "warn_of_unreached"]
 
 # What authors call the values of a norm.
 _ROLES = {
@@ -49,7 +49,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
 _RUNNING = ("running_mean", "running_var")
 
 
-def warn_of_functions(who: str, model: nn.Module, reached: Callable[[nn.Module], bool]) -> None:
+def warn_of_unreached(who: str, model: nn.Module, reached: Callable[[nn.Module], bool]) -> None:
     """Warn of running statistics that nobody looks after: of functions, such as `F.batch_norm`, and of other layers.
 
     Known by their names. Frozen batch norms, which have no parameters, are meant to stay.

@@ -12,7 +12,7 @@ from normkit.core.decay import looks_like_a_norm, undecayed
 from normkit.torch.normalizer_free import SkipInit
 from normkit.torch.porting import is_norm
 from normkit.torch.probe import check_sized
-from normkit.torch.sites import warn_of_functions
+from normkit.torch.sites import warn_of_unreached
 from normkit.torch.weights import ScaledWeightStandardization, WeightNorm
 
 __all__ = ["freeze", "grouped", "is_frozen", "unfreeze"]
@@ -55,7 +55,7 @@ def is_frozen(layer: nn.Module) -> bool:
 def freeze(model: nn.Module, affine: bool) -> int:
     """See `normkit.surgery.protocol.States`."""
     check_sized(model)
-    warn_of_functions("freeze reaches", model, is_norm)
+    warn_of_unreached("freeze reaches", model, is_norm)
     unfreeze(model)
     # With `affine=False` only what has running statistics can be frozen.
     found = [m for m in model.modules() if is_norm(m) and (affine or getattr(m, "running_mean", None) is not None)]
