@@ -106,20 +106,20 @@ void backward(int set, const std::vector<Index>& g, Address dy, Address x, Addre
         table(set).rows_backward(rows(g), t);
 }
 
-// Statistics of a batch into the running ones: running += rate * (batch - running), in double, rounded once. Returns
-// whether all are finite; if not, and they are to be skipped, nothing is written.
-bool keep(Index count, Address mean, Address rest, Address var, Address running_mean, Address running_var, double rate,
-          double unbiased, bool skip) {
+// Statistics of a batch into the running ones: running += rate * (batch - running), in double, rounded once; and one more
+// batch is counted, unless its address is 0. If not all are finite, and such are to be skipped, nothing is written.
+void keep(Index count, Address var, Address mean, Address rest, Address running_mean, Address running_var,
+          Address batches, double rate, double unbiased, bool skip) {
     const float *const m = at<const float>(mean), *const r = at<const float>(rest), *const v = at<const float>(var);
     bool finite = true;
     for (Index k = 0; k < count; ++k) finite &= std::isfinite(m[k]) && std::isfinite(v[k]);
-    if (!finite && skip) return false;
+    if (!finite && skip) return;
     float *const kept_mean = at<float>(running_mean), *const kept_var = at<float>(running_var);
     for (Index k = 0; k < count; ++k) {
         kept_mean[k] = (float)((1 - rate) * kept_mean[k] + rate * ((double)m[k] + r[k]));
         kept_var[k] = (float)((1 - rate) * kept_var[k] + rate * unbiased * v[k]);
     }
-    return finite;
+    if (batches) ++*at<std::int64_t>(batches);
 }
 
 // Ask for huge pages where memory has not been touched yet: a page of 4 KB costs a fault, and large outputs have thousands.

@@ -32,7 +32,7 @@ from typing import Any
 
 from normkit.errors import NormValueError, message, nearest
 
-__all__ = ["KERNELS", "ORDER", "Rule", "begins", "chosen", "read_rules", "refused", "tried", "use_kernel"]
+__all__ = ["KERNELS", "ORDER", "Rule", "begins", "choice", "chosen", "read_rules", "refused", "tried", "use_kernel"]
 
 ORDER = ("native", "torch", "formula")
 KERNELS = (*ORDER, "reference")
@@ -103,6 +103,11 @@ def use_kernel(name: str) -> Iterator[None]:
 def chosen() -> str | None:
     """The kernel of :func:`use_kernel`, None outside of it."""
     return _chosen.get()
+
+
+def choice() -> tuple[str | None, tuple[Rule, ...]]:
+    """All that :func:`tried` depends on besides the input."""
+    return _chosen.get(), _rules()
 
 
 def tried(kernel: str, normalizer: str, dtype: object, layout: str | None, shape: Sequence[int]) -> bool:

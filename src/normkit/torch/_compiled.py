@@ -6,11 +6,13 @@ gamma and beta, and three numbers a statistic. The input of the activation is co
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from normkit.core import formula
 from normkit.core.formula import Moments
@@ -28,15 +30,56 @@ from normkit.kernels.native import (
     instruction_set,
     missing,
 )
+from normkit.torch._buffers import watched
 from normkit.torch._layout import CHANNELS_LAST, layout_of
 
-__all__ = ["Normalized", "covers", "evaluate", "keep", "normalize", "threads"]
+__all__ = [
+    "Case",
+    "Normalized",
+    "covers",
+    "decide",
+    "evaluate",
+    "keep",
+    "known",
+    "learn",
+    "normalize",
+    "signature",
+    "threads",
+]
 
 _native = available()
 _DTYPES = {torch.float32: TYPES["float32"], torch.bfloat16: TYPES["bfloat16"]}
 _SET = instruction_set()
 _ALONE = 1 << 16  # values below which a second thread costs more than it saves
 _HUGE = 32 << 20  # bytes; glibc maps what is larger anew for every allocation, whatever its threshold has grown to
+_CASES = 4096  # that are remembered; a network has one for every layer and shape
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is decided about a call by its arguments and the kinds of its tensors, whatever values these hold.
+
+    Attributes:
+        spec, plan: of the normalizer.
+        numbers: the geometry, see `kernels.native`.
+        found: the same for statistics of the input; None where they are given.
+        activation: behind it.
+        kind, act: their numbers in the kernels.
+        direct: whether gamma and beta are read where they lie.
+        writes: whether the kernels write the running statistics.
+        huge: whether huge pages are asked for.
+    """
+
+    spec: NormSpec
+    plan: NormPlan
+    numbers: tuple[int, ...]
+    found: Geometry | None
+    activation: str | None
+    kind: int
+    act: int
+    direct: bool
+    writes: bool
+    huge: bool
 
 
 class Normalized(NamedTuple):
@@ -53,89 +96,129 @@ class Normalized(NamedTuple):
         return [Moments((mean + rest).reshape(found.kept), var.reshape(found.kept), found.values, found.values)]
 
 
-def normalize(
+_known: dict[tuple[Any, ...], Case] = {}
+
+
+def signature(question: tuple[Any, ...], x: Tensor, *others: Tensor | None) -> tuple[Any, ...] | None:
+    """All that a `Case` depends on, None where more than eager autograd is watching.
+
+    `question` are the other arguments. Checking these and choosing a kernel anew takes longer than the kernel itself
+    does on a small tensor.
+    """
+    if watched() or forward_ad._current_level >= 0 or _native is None or x.layout is not torch.strided:
+        return None
+    kinds = [registry.choice(), question, type(x), x.dtype, x.device, x.shape, x.stride()]
+    for t in others:
+        kinds.append(None if t is None else (type(t), t.dtype, t.device, t.shape, t.stride()))
+    return tuple(kinds)
+
+
+def known(key: tuple[Any, ...] | None) -> Case | None:
+    """The case of such a call, if there has been one."""
+    return None if key is None else _known.get(key)
+
+
+def learn(key: tuple[Any, ...] | None, case: Case) -> None:
+    """Remember it."""
+    if key is not None:
+        if len(_known) >= _CASES:
+            _known.clear()
+        _known[key] = case
+
+
+def decide(
     spec: NormSpec,
     p: NormPlan,
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    eps: float,
     activation: str | None,
     residual: Tensor | None,
-) -> Normalized | None:
-    """Return act(norm(x) + residual) in the type of x and the statistics, or None where no kernel covers the case.
+    kept: Mapping[str, Tensor] | None = None,
+    number: Tensor | None = None,
+    *,
+    given: bool = False,
+) -> Case | None:
+    """The case of a call, None if no kernel covers it. `kept` and `number` are to follow, or `given` and followed.
 
     The caller has made sure that nothing but eager autograd is watching.
     """
     layout = layout_of(x)
-    if not registry.tried("native", spec.name, x.dtype, layout, x.shape):
+    if not registry.tried("native", "batch_norm" if given else spec.name, x.dtype, layout, x.shape):
         return None
-    found = covers(spec, p, x, gamma, beta, residual)
+    found: Geometry | tuple[int, ...] | str
+    if given and kept is not None:
+        found = _covers_given(layout, x, kept["mean"], kept["var"], gamma, beta, residual)
+    else:
+        found = covers(spec, p, x, gamma, beta, residual)
     if isinstance(found, str):
         registry.refused("native", found)
         return None
-    if gamma is not None and spec.gain == "1+w":
+    own, numbers = (found, found.numbers) if isinstance(found, Geometry) else (None, found)
+    direct = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in (gamma, beta))
+    writes = own is not None and kept is not None and _writes(spec, own, kept, number)
+    kinds = _DTYPES[x.dtype], ACTIVATIONS[activation], direct, writes, x.nbytes > _HUGE
+    return Case(spec, p, numbers, own, activation, *kinds)
+
+
+def normalize(
+    case: Case, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, residual: Tensor | None
+) -> Normalized:
+    """Return act(norm(x) + residual) in the type of x and the statistics of x."""
+    found: Any = case.found
+    statistics = torch.empty((3 if case.spec.center else 1, found.statistics), dtype=torch.float32)
+    if gamma is not None and case.spec.gain == "1+w":
         gamma = gamma.float() + 1.0  # not in half precision, which has no room for both
-    y, statistics = _Normalize.apply(x, residual, gamma, beta, spec, p, found, eps, activation)
+    y: Tensor = _Normalize.apply(x, residual, gamma, beta, statistics, case, eps)
     return Normalized(y, statistics, found)
 
 
-def keep(spec: NormSpec, done: Normalized, kept: dict[str, Tensor], rate: float | None, *, skip: bool) -> bool | None:
-    """Write the statistics of a batch into the running ones, as `_buffers.keep` does with more words.
-
-    Returns whether they were finite (only then, or without `skip`, something is written); None where the case is not
-    covered: groups to be merged, other types, averages over all batches.
-    """
-    values = done.found.values
-    covered = (
-        rate is not None
-        and [t.name for t in spec.tracked] == ["mean", "var"]
-        and values > 1
-        and all(
-            type(t) is Tensor
-            and t.dtype == torch.float32
-            and t.device.type == "cpu"
-            and t.is_contiguous()
-            and t.numel() == done.found.statistics
-            for t in kept.values()
-        )
-    )
-    if not covered:
-        return None
-    var, mean, rest = _places(done.statistics)
-    unbiased = values / (values - 1) if spec.tracked[1].bessel else 1.0
-    buffers = kept["mean"], kept["var"]
-    finite: bool = _native.keep(
-        done.found.statistics, mean, rest, var, *(t.data_ptr() for t in buffers), rate, unbiased, skip
-    )
-    torch.autograd.graph.increment_version(buffers)  # the kernel wrote behind autograd's back
-    return finite
-
-
 def evaluate(
+    case: Case,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
     eps: float,
-    activation: str | None,
     residual: Tensor | None,
-) -> Tensor | None:
-    """Return act((x - mean) / sqrt(var + eps) * gamma + beta + residual), or None where no kernel covers the case."""
-    layout = layout_of(x)
-    if not registry.tried("native", "batch_norm", x.dtype, layout, x.shape):
-        return None
-    numbers = _covers_given(layout, x, mean, var, gamma, beta, residual)
-    if isinstance(numbers, str):
-        registry.refused("native", numbers)
-        return None
-    result: Tensor = _Evaluate.apply(x, residual, gamma, beta, mean, var, numbers, eps, activation)
-    return result
+) -> Tensor:
+    """Return act((x - mean) / sqrt(var + eps) * gamma + beta + residual)."""
+    y: Tensor = _Evaluate.apply(x, residual, gamma, beta, mean, var, case, eps)
+    return y
+
+
+def keep(
+    case: Case, done: Normalized, kept: Mapping[str, Tensor], number: Tensor | None, rate: float, *, skip: bool
+) -> None:
+    """Write the statistics of a batch into the running ones, where `case.writes`, and add one to `number`.
+
+    With `skip` nothing is written where they are not finite.
+    """
+    statistics, found = done.statistics, done.found
+    unbiased = found.values / (found.values - 1) if case.spec.tracked[1].bessel else 1.0
+    written = (kept["mean"], kept["var"]) if number is None else (kept["mean"], kept["var"], number)
+    mean, var = written[0].data_ptr(), written[1].data_ptr()
+    count = 0 if number is None else number.data_ptr()
+    _native.keep(found.statistics, *_places(statistics), mean, var, count, rate, unbiased, skip)
+    torch.autograd.graph.increment_version(written)  # the kernel wrote behind autograd's back
+
+
+def _writes(spec: NormSpec, found: Geometry, kept: Mapping[str, Tensor], number: Tensor | None) -> bool:
+    """Whether the kernel that writes running statistics covers these: no groups to be merged, no other types."""
+    return (
+        [t.name for t in spec.tracked] == ["mean", "var"]
+        and found.values > 1
+        and (number is None or (number.dtype == torch.int64 and number.device.type == "cpu"))
+        and all(
+            t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() == found.statistics
+            for t in kept.values()
+        )
+    )
 
 
 class _Normalize(torch.autograd.Function):
-    """Statistics of the input."""
+    """Statistics of the input, which the forward pass fills."""
 
     @staticmethod
     def forward(
@@ -144,39 +227,31 @@ class _Normalize(torch.autograd.Function):
         residual: Tensor | None,
         gamma: Tensor | None,
         beta: Tensor | None,
-        spec: NormSpec,
-        p: NormPlan,
-        found: Geometry,
+        statistics: Tensor,
+        case: Case,
         eps: float,
-        activation: str | None,
-    ) -> tuple[Tensor | None, ...]:
-        statistics = torch.empty((3 if spec.center else 1, found.statistics), dtype=torch.float32)
-        y = _forward(found.numbers, x, residual, gamma, beta, _places(statistics), eps, spec.center, False, activation)
-        ctx.save_for_backward(x, residual if activation is not None else None, gamma, beta, statistics)
-        ctx.normalizer = spec, p, found, eps, activation, residual is not None
-        ctx.mark_non_differentiable(statistics)
+    ) -> Tensor:
+        y = _forward(case, x, residual, gamma, beta, _places(statistics), eps)
+        ctx.save_for_backward(x, residual if case.act else None, gamma, beta, statistics)
+        ctx.normalizer = case, eps, residual is not None
         ctx.set_materialize_grads(False)
-        return y, statistics
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
+            return (None,) * 7
         x, residual, gamma, beta, statistics = ctx.saved_tensors
-        spec, p, found, eps, activation, summed = ctx.normalizer
-        needs = ctx.needs_input_grad[:4]
+        case, eps, summed = ctx.normalizer
         if torch.is_grad_enabled():
 
             def again(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-                plain = replace(spec, gain="w")  # gamma is whole here
-                return formula.normalize(torch, plain, p, x, gamma, beta, eps=eps)[0]
+                plain = replace(case.spec, gain="w")  # gamma is whole here
+                return formula.normalize(torch, plain, case.plan, x, gamma, beta, eps=eps)[0]
 
-            return (*_twice(again, dy, x, residual, gamma, beta, activation, summed, needs), *(None,) * 5)
-        places, center = _places(statistics), spec.center
-        gradients = _backward(
-            found.numbers, dy, x, residual, gamma, beta, places, eps, center, False, activation, summed, needs
-        )
-        return (*gradients, None, None, None, None, None)
+            return *_twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None
+        places = _places(statistics)
+        return *_backward(ctx, case, dy, x, residual, gamma, beta, places, eps, summed), None, None, None
 
 
 class _Evaluate(torch.autograd.Function):
@@ -191,25 +266,22 @@ class _Evaluate(torch.autograd.Function):
         beta: Tensor | None,
         mean: Tensor,
         var: Tensor,
-        numbers: tuple[int, ...],
+        case: Case,
         eps: float,
-        activation: str | None,
     ) -> Tensor:
         if any(ctx.needs_input_grad):  # buffers may change before the backward pass
             mean, var = mean.clone(), var.clone()
-            ctx.save_for_backward(x, residual if activation is not None else None, gamma, beta, mean, var)
-            ctx.normalizer = numbers, eps, activation, residual is not None
-        ctx.set_materialize_grads(False)
-        places = var.data_ptr(), mean.data_ptr(), 0
-        return _forward(numbers, x, residual, gamma, beta, places, eps, True, True, activation)
+            ctx.save_for_backward(x, residual if case.act else None, gamma, beta, mean, var)
+            ctx.normalizer = case, eps, residual is not None
+            ctx.set_materialize_grads(False)
+        return _forward(case, x, residual, gamma, beta, (var.data_ptr(), mean.data_ptr(), 0), eps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
+            return (None,) * 8
         x, residual, gamma, beta, mean, var = ctx.saved_tensors
-        numbers, eps, activation, summed = ctx.normalizer
-        needs = ctx.needs_input_grad[:4]
+        case, eps, summed = ctx.normalizer
         if torch.is_grad_enabled():
             shape = (1, -1, *(1,) * (x.dim() - 2))
 
@@ -218,35 +290,47 @@ class _Evaluate(torch.autograd.Function):
                 y = y if gamma is None else y * gamma.reshape(shape)
                 return y if beta is None else y + beta.reshape(shape)
 
-            return (*_twice(again, dy, x, residual, gamma, beta, activation, summed, needs), *(None,) * 5)
+            return *_twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None, None
         places = var.data_ptr(), mean.data_ptr(), 0
-        gradients = _backward(numbers, dy, x, residual, gamma, beta, places, eps, True, True, activation, summed, needs)
-        return (*gradients, None, None, None, None, None)
+        return *_backward(ctx, case, dy, x, residual, gamma, beta, places, eps, summed), None, None, None, None
 
 
 def _forward(
-    numbers: tuple[int, ...],
+    case: Case,
     x: Tensor,
     residual: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     places: tuple[int, int, int],
     eps: float,
-    center: bool,
-    given: bool,
-    activation: str | None,
 ) -> Tensor:
-    y = _empty_like(x)
-    gamma, beta = _single(gamma), _single(beta)
-    residual = None if residual is None else _like(residual, x)
-    addresses = map(_address, (x, residual, gamma, beta, y))
-    kind, act = _DTYPES[x.dtype], ACTIVATIONS[activation]
-    _native.forward(_SET, numbers, *addresses, *places, eps, center, given, kind, act, threads(x))
+    y = _empty_like(x, case)
+    if not case.direct:
+        gamma, beta = _single(gamma), _single(beta)
+    if residual is not None:
+        residual = _like(residual, x)
+    _native.forward(
+        _SET,
+        case.numbers,
+        x.data_ptr(),
+        _address(residual),
+        _address(gamma),
+        _address(beta),
+        y.data_ptr(),
+        *places,
+        eps,
+        case.spec.center,
+        case.found is None,
+        case.kind,
+        case.act,
+        threads(x),
+    )
     return y
 
 
 def _backward(
-    numbers: tuple[int, ...],
+    ctx: Any,
+    case: Case,
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -254,51 +338,68 @@ def _backward(
     beta: Tensor | None,
     places: tuple[int, int, int],
     eps: float,
-    center: bool,
-    given: bool,
-    activation: str | None,
     summed: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, residual, gamma and beta."""
+    for_x, for_residual, for_gamma, for_beta, *_ = ctx.needs_input_grad
     dy = _like(dy, x)
-    residual = None if residual is None else _like(residual, x)
-    own_gamma, own_beta = _single(gamma), _single(beta)
-    dx = _empty_like(x) if needs[0] else None
-    # Without an activation the gradient goes through the sum as it is.
-    through = summed and needs[1] and activation is not None
-    dresidual = _empty_like(x) if through else None
-    dgamma = torch.empty(gamma.shape, dtype=torch.float32) if gamma is not None and needs[2] else None
-    dbeta = torch.empty(beta.shape, dtype=torch.float32) if beta is not None and needs[3] else None
-    tensors = (dy, x, residual, own_gamma, own_beta, dx, dresidual, dgamma, dbeta)
-    kind, act = _DTYPES[x.dtype], ACTIVATIONS[activation]
-    _native.backward(_SET, numbers, *map(_address, tensors), *places, eps, center, given, kind, act, threads(x))
-    if summed and needs[1] and not through:
-        dresidual = dy
-    narrow = [None if g is None or t is None else g.to(t.dtype) for g, t in ((dgamma, gamma), (dbeta, beta))]
-    return dx, dresidual, *narrow
+    if residual is not None:
+        residual = _like(residual, x)
+    own_gamma, own_beta = (gamma, beta) if case.direct else (_single(gamma), _single(beta))
+    dx = _empty_like(x, case) if for_x else None
+    dresidual = None
+    if summed and for_residual:  # without an activation the gradient goes through the sum as it is
+        dresidual = _empty_like(x, case) if case.act else dy
+    dgamma = torch.empty(gamma.shape, dtype=torch.float32) if gamma is not None and for_gamma else None
+    dbeta = torch.empty(beta.shape, dtype=torch.float32) if beta is not None and for_beta else None
+    _native.backward(
+        _SET,
+        case.numbers,
+        dy.data_ptr(),
+        x.data_ptr(),
+        _address(residual),
+        _address(own_gamma),
+        _address(own_beta),
+        _address(dx),
+        _address(dresidual) if case.act else 0,
+        _address(dgamma),
+        _address(dbeta),
+        *places,
+        eps,
+        case.spec.center,
+        case.found is None,
+        case.kind,
+        case.act,
+        threads(x),
+    )
+    if not case.direct:
+        dgamma = None if dgamma is None or gamma is None else dgamma.to(gamma.dtype)
+        dbeta = None if dbeta is None or beta is None else dbeta.to(beta.dtype)
+    return dx, dresidual, dgamma, dbeta
 
 
 def _twice(
+    ctx: Any,
     again: Any,
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    activation: str | None,
+    case: Case,
     summed: bool,
-    needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """The gradients by plain operations, which can be differentiated again."""
     from normkit.torch.functional import ACTIVATIONS as FUNCTIONS
 
+    needs = ctx.needs_input_grad[:4]
     own = [None if t is None else t.view_as(t) for t in (x, residual, gamma, beta)]
     wide = [None if t is None else t.float() for t in own]
     y = again(wide[0], wide[2], wide[3])
     if wide[1] is not None:
         y = y + wide[1]
-    if activation is not None:
-        y = FUNCTIONS[activation](y)
+    if case.activation is not None:
+        y = FUNCTIONS[case.activation](y)
     wanted = [t for t, need in zip(own, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(y, wanted, dy.float(), create_graph=True))
     gradients = [next(found) if need and t is not None else None for t, need in zip(own, needs, strict=True)]
@@ -354,16 +455,17 @@ def _unfit(layout: Layout | None, x: Tensor, residual: Tensor | None, *affine: T
     return ""
 
 
-def _empty_like(x: Tensor) -> Tensor:
+def _empty_like(x: Tensor, case: Case) -> Tensor:
     y = torch.empty_like(x)
-    if x.nbytes > _HUGE:
+    if case.huge:
         _native.want_huge_pages(y.data_ptr(), x.nbytes)
     return y
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
     """In the type and order of the input."""
-    t = t.to(x.dtype)
+    if t.dtype != x.dtype:
+        t = t.to(x.dtype)
     if t.stride() == x.stride():
         return t
     return t.contiguous() if x.is_contiguous() else t.contiguous(memory_format=CHANNELS_LAST[x.dim()])
@@ -375,8 +477,8 @@ def _single(t: Tensor | None) -> Tensor | None:
 
 def _places(statistics: Tensor) -> tuple[int, int, int]:
     """Addresses of variance, mean and the rest of the mean; 0 where nothing is centred."""
-    first, step = statistics.data_ptr(), statistics.stride(0) * statistics.element_size()
-    return (first, first + step, first + 2 * step) if len(statistics) == 3 else (first, 0, 0)
+    first, step = statistics.data_ptr(), 4 * statistics.shape[1]
+    return (first, first + step, first + 2 * step) if statistics.shape[0] == 3 else (first, 0, 0)
 
 
 def _address(t: Tensor | None) -> int:

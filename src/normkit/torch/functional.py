@@ -64,9 +64,9 @@ def _biased(spec: NormSpec) -> NormSpec:
     return replace(spec, tracked=tuple(replace(t, bessel=False) for t in spec.tracked))
 
 
-_SPECS = {(s, True): s for s in (catalog.BATCH, catalog.GHOST, catalog.INSTANCE_TRACKED, catalog.EVONORM_B0)}
-_SPECS |= {(s, False): _biased(s) for s, _ in list(_SPECS)}
-_GAINS = {(s, gain): replace(s, gain=gain) for s in (catalog.RMS, catalog.RMS_2D) for gain in ("w", "1+w")}
+_BIASED = {s.name: _biased(s) for s in (catalog.BATCH, catalog.GHOST, catalog.INSTANCE_TRACKED, catalog.EVONORM_B0)}
+_SMALLEST = torch.finfo(torch.float32).eps  # PyTorch's, for what accumulates in float32
+_GAINS = {(s.name, gain): replace(s, gain=gain) for s in (catalog.RMS, catalog.RMS_2D) for gain in ("w", "1+w")}
 
 
 def batch_norm(
@@ -589,6 +589,15 @@ def _tracked(
     process_group: Any = None,
 ) -> Tensor:
     """Run a normalizer whose statistics may be kept: by those of the input, or by the kept ones."""
+    key = None
+    if mask is None and sample_weight is None and process_group is None and clips is None and type(input) is Tensor:
+        # True is equal to 1.0, which is allowed: so the type is asked for as well.
+        question = id(spec), sizes, training, momentum, type(momentum), nonfinite, activation
+        others = (number, *kept.values()) if kept is not None else (number,)
+        key = compiled.signature(question, input, residual, weight, bias, *others)
+        case = compiled.known(key)
+        if case is not None:
+            return _run(case, input, weight, bias, eps, residual, kept, number, momentum, nonfinite)
     _check(spec.name, momentum=momentum, nonfinite=nonfinite)
     if momentum is None and number is None and kept is not None and training:
         raise _uncounted(spec)
@@ -597,9 +606,10 @@ def _tracked(
     if kept is not None and not training:  # evaluation asks no other process
         x, real, _ = _weighted(input, mask, sample_weight)
         if real is None and "var" in kept and _eager(input, activation, residual, *kept.values(), weight, bias):
-            evaluated = compiled.evaluate(input, kept["mean"], kept["var"], weight, bias, eps, activation, residual)
-            if evaluated is not None:
-                return evaluated
+            case = compiled.decide(spec, p, input, weight, bias, activation, residual, kept, given=True)
+            if case is not None:
+                compiled.learn(key, case)
+                return _run(case, input, weight, bias, eps, residual, kept)
         y = evaluate(spec, p, x, kept, weight, bias, eps)
         return _finish(y, input, real, activation, residual)
     x, real, w = _weighted(input, mask, sample_weight, process_group)
@@ -619,36 +629,41 @@ def _tracked(
         y, moments = normalize_together(chosen, p, x.to(wide), gamma, beta, eps, weight=w, group=process_group)
     else:
         if w is None and correct is None and _eager(input, activation, residual, weight, bias):
-            done = compiled.normalize(chosen, p, input, weight, bias, eps, activation, residual)
-            if done is not None:
-                if kept is not None:
-                    _keep(spec, p, kept, number, done, momentum, eps, nonfinite)
-                return done.y
+            case = compiled.decide(chosen, p, input, weight, bias, activation, residual, kept, number)
+            if case is not None:
+                compiled.learn(key, case)
+                return _run(case, input, weight, bias, eps, residual, kept, number, momentum, nonfinite)
         y, moments = normalize(chosen, p, x, weight, bias, eps, weight=w, correct=correct)
     if kept is not None:
         keep(spec, p, kept, number, moments, momentum=momentum, eps=eps, nonfinite=nonfinite)
     return _finish(y, input, real, activation, residual)
 
 
-def _keep(
-    spec: NormSpec,
-    p: NormPlan,
-    kept: dict[str, Tensor],
-    number: Tensor | None,
-    done: compiled.Normalized,
-    momentum: float | None,
+def _run(
+    case: compiled.Case,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
-    nonfinite: str,
-) -> None:
-    """Write the statistics that a compiled kernel gave, in one call where that is possible."""
-    if recomputing():
-        return
-    finite = compiled.keep(spec, done, kept, momentum, skip=nonfinite == "skip")
-    if finite is None:
-        keep(spec, p, kept, number, done.moments(), momentum=momentum, eps=eps, nonfinite=nonfinite)
-    elif number is not None and (finite or nonfinite == "update"):
-        with torch.no_grad():
-            number.add_(1)
+    residual: Tensor | None,
+    kept: dict[str, Tensor] | None = None,
+    number: Tensor | None = None,
+    momentum: float | None = None,
+    nonfinite: str = "skip",
+) -> Tensor:
+    """Run the compiled kernel of a case whose arguments have been checked."""
+    if case.found is None and kept is not None:
+        return compiled.evaluate(case, input, kept["mean"], kept["var"], weight, bias, eps, residual)
+    done = compiled.normalize(case, input, weight, bias, eps, residual)
+    if kept is None:
+        return done.y
+    if case.writes and momentum is not None:
+        if not recomputing():
+            compiled.keep(case, done, kept, number, momentum, skip=nonfinite == "skip")
+    else:
+        moments = done.moments()
+        keep(case.spec, case.plan, kept, number, moments, momentum=momentum, eps=eps, nonfinite=nonfinite)
+    return done.y
 
 
 def _untracked(
@@ -663,13 +678,20 @@ def _untracked(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
+    key = None
+    if mask is None and sample_weight is None and type(input) is Tensor:
+        key = compiled.signature((id(spec), sizes, activation), input, residual, weight, bias)
+        case = compiled.known(key)
+        if case is not None:
+            return _run(case, input, weight, bias, eps, residual)
     p = _plan(spec, input, sizes)
     _check_affine(spec, p, input, weight, bias, None)
     x, real, w = _weighted(input, mask, sample_weight)
     if w is None and _eager(input, activation, residual, weight, bias):
-        fused = compiled.normalize(spec, p, input, weight, bias, eps, activation, residual)
-        if fused is not None:
-            return fused.y
+        case = compiled.decide(spec, p, input, weight, bias, activation, residual)
+        if case is not None:
+            compiled.learn(key, case)
+            return _run(case, input, weight, bias, eps, residual)
     y, _ = normalize(spec, p, x, weight, bias, eps, weight=w)
     return _finish(y, input, real, activation, residual)
 
@@ -686,19 +708,26 @@ def _rms(
     residual: Tensor | None,
 ) -> Tensor:
     try:
-        spec = _GAINS[spec, gain]
+        spec = _GAINS[spec.name, gain]
     except KeyError:
         raise NormValueError(message("`gain` must be 'w' or '1+w'", repr(gain))) from None
     if cast not in ("llama", "gemma", "none"):
         raise NormValueError(message("`cast` must be 'llama', 'gemma' or 'none'", repr(cast)))
+    key = None
+    if type(input) is Tensor:
+        key = compiled.signature((id(spec), sizes, activation, cast), input, residual, weight)
+        case = compiled.known(key)
+        if case is not None:
+            return _run(case, input, weight, None, _SMALLEST if eps is None else eps, residual)
     p = _plan(spec, input, sizes)
     _check_affine(spec, p, input, weight, None, None)
     small = torch.finfo(accumulator(input.dtype)).eps if eps is None else eps
     if cast == "gemma" or input.dtype == accumulator(input.dtype):
         if _eager(input, activation, residual, weight):
-            fused = compiled.normalize(spec, p, input, weight, None, small, activation, residual)
-            if fused is not None:
-                return fused.y
+            case = compiled.decide(spec, p, input, weight, None, activation, residual)
+            if case is not None:
+                compiled.learn(key, case)
+                return _run(case, input, weight, None, small, residual)
         y, _ = normalize(spec, p, input, weight, None, small)
     elif cast == "llama":
         y, _ = normalize(spec, p, input, None, None, small)
@@ -723,8 +752,10 @@ def _check(owner: str, **arguments: Any) -> None:
 
 
 def _spec(spec: NormSpec, bessel: bool) -> NormSpec:
-    _check(spec.name, bessel=bessel)
-    return _SPECS[spec, bessel]
+    if bessel is not True:  # the usual case is not looked at twice
+        _check(spec.name, bessel=bessel)
+        return _BIASED[spec.name]
+    return spec
 
 
 def _uncounted(spec: NormSpec) -> NormValueError:

@@ -60,14 +60,18 @@ _KEPT = tuple(replace(catalog.BATCH, tracked=tuple(replace(t, bessel=b and t.bes
 def _normalized(
     spec: NormSpec, sizes: Sizes, x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, list[Moments]]:
-    compiling = torch.compiler.is_compiling()  # the cache of `plan` cannot be traced
-    p = (plan.compile_plan if compiling else plan.plan)(spec, x.dim(), sizes)
-    found = None if needs_plain(x, gamma, beta) else compiled.normalize(spec, p, x, gamma, beta, eps, None, None)
-    if found is not None:
-        y, moments = found.y, found.moments() if spec.tracked else []
-    else:
-        y, moments = normalize(spec, p, x, gamma, beta, eps)
-    return y.to(x.dtype), moments
+    key = compiled.signature((id(spec), sizes), x, gamma, beta)
+    case = compiled.known(key)
+    if case is None:
+        compiling = torch.compiler.is_compiling()  # the cache of `plan` cannot be traced
+        p = (plan.compile_plan if compiling else plan.plan)(spec, x.dim(), sizes)
+        case = None if needs_plain(x, gamma, beta) else compiled.decide(spec, p, x, gamma, beta, None, None)
+        if case is None:
+            y, moments = normalize(spec, p, x, gamma, beta, eps)
+            return y.to(x.dtype), moments
+        compiled.learn(key, case)
+    found = compiled.normalize(case, x, gamma, beta, eps, None)
+    return found.y.to(x.dtype), found.moments() if spec.tracked else []
 
 
 @dataclass
