@@ -72,6 +72,26 @@ void run(const Geometry& g, Index values, Index statistics, Index entries, bool 
         }
 }
 
+// The steps of an LSTM, on arrays of exactly the size that they need.
+void cell(const Table& table, Index rows, Index units) {
+    for (const bool more : {false, true}) {
+        std::vector<float> gates(rows * 4 * units, 0.5f), dgates(gates.size());
+        std::vector<float> of[10];
+        for (auto& array : of) array.assign(rows * units, 0.25f);
+        Cell s{};
+        s.rows = rows, s.units = units, s.threads = 2;
+        s.gates = gates.data(), s.before = of[0].data(), s.cell = of[1].data(), s.shown = of[2].data(), s.out = of[3].data();
+        s.dh = of[4].data(), s.from_norm = of[5].data(), s.dc = of[6].data(), s.dgates = dgates.data();
+        s.dshown = of[7].data();
+        if (more) s.more_h = of[8].data(), s.more_c = of[9].data();
+        table.cell_state(s);
+        table.cell_output(s);
+        table.cell_output_backward(s);
+        table.cell_state_backward(s);
+        ++calls;
+    }
+}
+
 void all(const Table& table) {
     const Index w = table.width;
     const Index lengths[] = {1, 3, 7, 16, w - 1, w, w + 1, 2 * w + 1, 49, 127, 128, 129, 1023, 1024, 1025, 4097};
@@ -100,6 +120,7 @@ void all(const Table& table) {
     columns({2, 4200, 40, 8}, false);
     rows({1030, 1, 4096, 0, 1, 0, 4096, PER_VALUE}, 1030, 4096, false);  // past the caches
     columns({1, 1030, 4096, 1}, false);
+    for (const Index units : lengths) cell(table, 3, units);
 }
 
 }  // namespace

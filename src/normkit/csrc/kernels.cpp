@@ -1049,6 +1049,65 @@ void columns_backward(const Columns& g, const Tensors& t) {
     }
 }
 
+// --- the steps of an LSTM that are no norms --------------------------------------------------------------------------
+
+template <class Body>
+ALWAYS inline void each_sample(const Cell& s, Body body) {
+#pragma omp parallel for num_threads(s.threads) schedule(static) if (s.threads > 1)
+    for (Index row = 0; row < s.rows; ++row)
+        along(s.units, [&](Index k, int lanes) ALWAYS { body(row * 4 * s.units + k, row * s.units + k, lanes); });
+}
+
+// i, f, o = sigmoid, g = tanh; cell = f before + i g.
+void cell_state(const Cell& s) {
+    const Index u = s.units;
+    each_sample(s, [&](Index gate, Index k, int lanes) ALWAYS {
+        float* const z = s.gates + gate;
+        const vf i = sigmoid(read(z, lanes)), f = sigmoid(read(z + u, lanes));
+        const vf g = hyperbolic_tangent(read(z + 2 * u, lanes)), o = sigmoid(read(z + 3 * u, lanes));
+        write(z, i, lanes);
+        write(z + u, f, lanes);
+        write(z + 2 * u, g, lanes);
+        write(z + 3 * u, o, lanes);
+        write(s.cell + k, f * read(s.before + k, lanes) + i * g, lanes);
+    });
+}
+
+// shown = tanh(norm(cell)); out = o shown.
+void cell_output(const Cell& s) {
+    each_sample(s, [&](Index gate, Index k, int lanes) ALWAYS {
+        const vf tanh = hyperbolic_tangent(read(s.shown + k, lanes));
+        write(s.shown + k, tanh, lanes);
+        write(s.out + k, read(s.gates + gate + 3 * s.units, lanes) * tanh, lanes);
+    });
+}
+
+void cell_output_backward(const Cell& s) {
+    each_sample(s, [&](Index gate, Index k, int lanes) ALWAYS {
+        const Index last = gate + 3 * s.units;
+        const vf o = read(s.gates + last, lanes), tanh = read(s.shown + k, lanes);
+        vf d = read(s.dh + k, lanes);
+        if (s.more_h) d += read(s.more_h + k, lanes);
+        write(s.dgates + last, d * tanh * (o * (1.0f - o)), lanes);
+        write(s.dshown + k, d * o * (1.0f - tanh * tanh), lanes);
+    });
+}
+
+void cell_state_backward(const Cell& s) {
+    const Index u = s.units;
+    each_sample(s, [&](Index gate, Index k, int lanes) ALWAYS {
+        const float* const a = s.gates + gate;
+        float* const d = s.dgates + gate;
+        const vf i = read(a, lanes), f = read(a + u, lanes), g = read(a + 2 * u, lanes);
+        vf c = read(s.dc + k, lanes) + read(s.from_norm + k, lanes);
+        if (s.more_c) c += read(s.more_c + k, lanes);
+        write(d, c * g * (i * (1.0f - i)), lanes);
+        write(d + u, c * read(s.before + k, lanes) * (f * (1.0f - f)), lanes);
+        write(d + 2 * u, c * i * (1.0f - g * g), lanes);
+        write(s.dc + k, c * f, lanes);
+    });
+}
+
 // --- dispatch --------------------------------------------------------------------------------------------------------
 
 #define NORMKIT_CASES(FUNCTION)                                                              \
@@ -1089,6 +1148,8 @@ namespace normkit {
 #define NORMKIT_TEXT_(x) #x
 #define NORMKIT_TEXT(x) NORMKIT_TEXT_(x)
 extern const Table NORMKIT_TABLE = {NORMKIT_TEXT(NORMKIT_NAME), W,         rows_forward_0, rows_backward_0,
-                                    columns_forward_0,          columns_backward_0};
+                                    columns_forward_0,          columns_backward_0,
+                                    cell_state,                 cell_output,
+                                    cell_output_backward,       cell_state_backward};
 
 }  // namespace normkit

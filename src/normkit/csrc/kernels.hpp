@@ -48,6 +48,19 @@ struct Tensors {
     float *dgamma, *dbeta;
 };
 
+// One step of an LSTM between its norms. Rows are samples; `gates` and `dgates` hold i, f, g, o side by side, each `units`
+// wide, the rest is (rows, units). Gates become their activations, `shown` its hyperbolic tangent, in place.
+struct Cell {
+    Index rows, units;
+    int threads;
+    float* gates;
+    const float* before;  // the cell state one step earlier
+    float *cell, *shown, *out;
+    // Backward pass. dh and dc come from the step after it, more_* from elsewhere (or null); dc leaves for the step before.
+    const float *dh, *more_h, *more_c, *from_norm;
+    float *dc, *dgates, *dshown;
+};
+
 struct Table {
     const char* name;
     int width;
@@ -55,6 +68,10 @@ struct Table {
     void (*rows_backward)(const Rows&, const Tensors&);
     void (*columns_forward)(const Columns&, const Tensors&);
     void (*columns_backward)(const Columns&, const Tensors&);
+    void (*cell_state)(const Cell&);
+    void (*cell_output)(const Cell&);
+    void (*cell_output_backward)(const Cell&);
+    void (*cell_state_backward)(const Cell&);
 };
 
 extern const Table table_baseline;

@@ -106,6 +106,38 @@ void backward(int set, const std::vector<Index>& g, Address dy, Address x, Addre
         table(set).rows_backward(rows(g), t);
 }
 
+void cell_state(int set, Index rows, Index units, Address gates, Address before, Address cell, int threads) {
+    Cell s{};
+    s.rows = rows, s.units = units, s.threads = threads;
+    s.gates = at<float>(gates), s.before = at<const float>(before), s.cell = at<float>(cell);
+    table(set).cell_state(s);
+}
+
+void cell_output(int set, Index rows, Index units, Address gates, Address shown, Address out, int threads) {
+    Cell s{};
+    s.rows = rows, s.units = units, s.threads = threads;
+    s.gates = at<float>(gates), s.shown = at<float>(shown), s.out = at<float>(out);
+    table(set).cell_output(s);
+}
+
+void cell_output_backward(int set, Index rows, Index units, Address dh, Address more, Address gates, Address shown,
+                          Address dgates, Address dshown, int threads) {
+    Cell s{};
+    s.rows = rows, s.units = units, s.threads = threads;
+    s.dh = at<const float>(dh), s.more_h = at<const float>(more);
+    s.gates = at<float>(gates), s.shown = at<float>(shown), s.dgates = at<float>(dgates), s.dshown = at<float>(dshown);
+    table(set).cell_output_backward(s);
+}
+
+void cell_state_backward(int set, Index rows, Index units, Address dc, Address from_norm, Address more, Address gates,
+                         Address before, Address dgates, int threads) {
+    Cell s{};
+    s.rows = rows, s.units = units, s.threads = threads;
+    s.dc = at<float>(dc), s.from_norm = at<const float>(from_norm), s.more_c = at<const float>(more);
+    s.gates = at<float>(gates), s.before = at<const float>(before), s.dgates = at<float>(dgates);
+    table(set).cell_state_backward(s);
+}
+
 // Statistics of a batch into the running ones: running += rate * (batch - running), in double, rounded once; and one more
 // batch is counted, unless its address is 0. If not all are finite, and such are to be skipped, nothing is written.
 void keep(Index count, Address var, Address mean, Address rest, Address running_mean, Address running_var,
@@ -139,6 +171,12 @@ NB_MODULE(_native, m) {
     m.def("instruction_sets", &instruction_sets,
           "Instruction sets this processor executes, from the widest to the narrowest.");
     m.def("forward", &forward, nb::call_guard<nb::gil_scoped_release>(), "See normkit.kernels.native.");
+    m.def("cell_state", &cell_state, nb::call_guard<nb::gil_scoped_release>(), "See normkit.torch._lstm.");
+    m.def("cell_output", &cell_output, nb::call_guard<nb::gil_scoped_release>(), "See normkit.torch._lstm.");
+    m.def("cell_output_backward", &cell_output_backward, nb::call_guard<nb::gil_scoped_release>(),
+          "See normkit.torch._lstm.");
+    m.def("cell_state_backward", &cell_state_backward, nb::call_guard<nb::gil_scoped_release>(),
+          "See normkit.torch._lstm.");
     m.def("want_huge_pages", &want_huge_pages, "See normkit.torch._compiled.");
     m.def("keep", &keep, "See normkit.kernels.native.");
     m.def("backward", &backward, nb::call_guard<nb::gil_scoped_release>(), "See normkit.kernels.native.");

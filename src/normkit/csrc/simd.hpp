@@ -173,6 +173,18 @@ __attribute__((always_inline)) inline vf exponential(vf x) {
 
 __attribute__((always_inline)) inline vf sigmoid(vf x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// The odd polynomial near 0, where 1 - 2 / (1 + exp(2x)) would lose digits (both as in Cephes, Moshier 1989).
+__attribute__((always_inline)) inline vf hyperbolic_tangent(vf x) {
+    const vf size = x < 0.0f ? -x : x, z = x * x;
+    vf p = splat(-5.70498872745e-3f);
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const vf near = p * z * x + x, far = 1.0f - 2.0f / (1.0f + exponential(2.0f * size));
+    return size < 0.625f ? near : x < 0.0f ? -far : far;
+}
+
 // erf to 1.5e-7 (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26).
 __attribute__((always_inline)) inline vf error_function(vf x) {
     const vf size = x < 0.0f ? -x : x;

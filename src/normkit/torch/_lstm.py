@@ -1,7 +1,8 @@
 """The loop of a normalized LSTM on CPUs in eager mode: compiled norms, and one node of autograd for all steps.
 
-What a time step costs in eager mode is mostly the calling of some thirty operations, not their work. Here a step is ten
-calls forward and sixteen backward, into memory that is there already; the gradient of W_h is one product for all steps.
+What a time step costs in eager mode is mostly the calling of some thirty operations, not their work. Here a step is five
+calls forward and six backward, into memory that is there already: a product, two norms, and all between them in compiled
+loops. The gradient of W_h is one product for all steps.
 
 Of what remains most is matrix products. torch.nn.LSTM has its own from oneDNN, while torch.mm asks MKL, which on
 processors of other makers is half as fast; so products are asked of oneDNN here too, where PyTorch has it.
@@ -27,10 +28,6 @@ COMPILED = _native is not None
 _SET = instruction_set()
 _KIND, _NONE = TYPES["float32"], ACTIVATIONS[None]
 _FLOAT = 4  # bytes
-_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-_tanh_backward = torch.ops.aten.tanh_backward.grad_input
-
-
 # What torch.compile calls for linear layers on CPUs; torch has no public name for them.
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _ordered = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -182,8 +179,6 @@ class _Loop(torch.autograd.Function):
         norm = _Norm(0, kernels, gamma, beta, of_state)
         norm_c = _Norm(1, kernels, gamma_c, beta_c, of_cell)
         row, place, step = 0, gates.data_ptr(), _FLOAT * gates.shape[1]
-        i_f, g_, o_ = (part.split(sizes) for part in active.split((2 * units, units, units), 1))
-        i_, f_ = (part.split(sizes) for part in active[:, : 2 * units].split(units, 1))
         of_step = zip(*(t.split(sizes) for t in (active, cells, shown, out)), strict=True)
         for t, (z, new, tanh, now) in enumerate(of_step):
             n = sizes[t]
@@ -192,13 +187,11 @@ class _Loop(torch.autograd.Function):
             a = times(h)
             raw.append(a)
             norm.forward(t, row, a, place + row * step, z)
-            i_f[t].sigmoid_()
-            g_[t].tanh_()
-            o_[t].sigmoid_()
-            c = torch.mul(f_[t], c, out=new).addcmul_(i_[t], g_[t])
-            norm_c.forward(t, row, c, 0, tanh)
-            tanh.tanh_()
-            h = torch.mul(o_[t], tanh, out=now)
+            kind = _SET, n, units, z.data_ptr()
+            _native.cell_state(*kind, c.data_ptr(), new.data_ptr(), threads(z))
+            norm_c.forward(t, row, new, 0, tanh)
+            _native.cell_output(*kind, tanh.data_ptr(), now.data_ptr(), threads(z))
+            h, c = now, new
             row += n
         ctx.save_for_backward(
             gates,
@@ -237,30 +230,24 @@ class _Loop(torch.autograd.Function):
         dh, dc = torch.zeros_like(h), torch.zeros_like(c)
         spare, other = torch.empty_like(h), torch.empty_like(h)
         dh_t, dc_t, a, b = dh[:0], dc[:0], spare, other
-        i_, f_, g_, o_ = (part.split(sizes) for part in active.split(units, 1))
-        di, df, dg, do = (part.split(sizes) for part in dgates.split(units, 1))
+        gates_ = active.split(sizes)
         dz, da, cell, tanh = (t.split(sizes) for t in (dgates, draw, cells, shown))
-        outer = None if dout is None else dout.split(sizes)
-        outer_c = None if dcells is None else dcells.split(sizes)
+        outer, outer_c = (None if d is None else d.contiguous().split(sizes) for d in (dout, dcells))
         before_ = [c, *(part[:n] for part, n in zip(cell, sizes[1:], strict=False))]
         starts, times = [0, *accumulate(sizes)], _times(weight.t().contiguous())
         for t in reversed(range(len(sizes))):
             n, row = sizes[t], starts[t]
             if n > len(dh_t):
                 dh_t, dc_t, a, b = (part[:n] for part in (dh, dc, spare, other))
-            i, f, g, o, seen = i_[t], f_[t], g_[t], o_[t], tanh[t]
-            if outer is not None:
-                dh_t.add_(outer[t])
-            if outer_c is not None:
-                dc_t.add_(outer_c[t])
-            _sigmoid_backward(torch.mul(dh_t, seen, out=a), o, grad_input=do[t])
-            _tanh_backward(torch.mul(dh_t, o, out=a), seen, grad_input=b)
+            z, dz_t, count = gates_[t].data_ptr(), dz[t].data_ptr(), threads(dz[t])
+            kind = _SET, n, units
+            _native.cell_output_backward(
+                *kind, dh_t.data_ptr(), _of(outer, t), z, tanh[t].data_ptr(), dz_t, b.data_ptr(), count
+            )
             norm_c.backward(t, row, b, cell[t], a, dgamma_c[t], dbeta_c[t])
-            dc_t.add_(a)
-            _sigmoid_backward(torch.mul(dc_t, g, out=a), i, grad_input=di[t])
-            _tanh_backward(torch.mul(dc_t, i, out=a), g, grad_input=dg[t])
-            _sigmoid_backward(torch.mul(dc_t, before_[t], out=a), f, grad_input=df[t])
-            dc_t.mul_(f)
+            _native.cell_state_backward(
+                *kind, dc_t.data_ptr(), a.data_ptr(), _of(outer_c, t), z, before_[t].data_ptr(), dz_t, count
+            )
             norm.backward(t, row, dz[t], raw[t], da[t], dgamma[t], dbeta[t])
             dh_t.copy_(times(da[t]))
         before = torch.cat([h, *(part[:n] for part, n in zip(out.split(sizes), sizes[1:], strict=False))])
@@ -268,6 +255,10 @@ class _Loop(torch.autograd.Function):
             dgates, dh, dc, _product(before.t(), draw.t()).t(), dgamma.sum(0), None if beta is None else dbeta.sum(0),
             dgamma_c.sum(0), None if beta_c is None else dbeta_c.sum(0), *(None,) * 5,
         )  # fmt: skip
+
+
+def _of(parts: Sequence[Tensor] | None, t: int) -> int:
+    return 0 if parts is None else parts[t].data_ptr()
 
 
 def _twice(
