@@ -1,8 +1,8 @@
 """The loop of a normalized LSTM on CPUs in eager mode: compiled norms, and one node of autograd for all steps.
 
-What a time step costs in eager mode is mostly the calling of some thirty operations, not their work. Here a step is five
-calls forward and six backward, into memory that is there already: a product, two norms, and all between them in compiled
-loops. The gradient of W_h is one product for all steps.
+What a time step costs in eager mode is mostly the calling of some thirty operations, not their work. Here a step is
+five calls forward and six backward, into memory that is there already: a product, two norms, and all between them in
+compiled loops. The gradient of W_h is one product for all steps.
 
 Of what remains most is matrix products. torch.nn.LSTM has its own from oneDNN, while torch.mm asks MKL, which on
 processors of other makers is half as fast; so products are asked of oneDNN here too, where PyTorch has it.
