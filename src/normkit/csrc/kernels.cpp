@@ -693,6 +693,12 @@ ALWAYS inline void add_lanes(double* total, vf v, int lanes) {
 
 constexpr Index AHEAD = 8;  // rows that are fetched before their turn
 
+// Whether a matrix has left the caches when it is read again. Fetching what is still there costs more than it saves.
+template <class T>
+inline bool from_memory(const Columns& g) {
+    return g.length * g.channels * (Index)sizeof(T) >= STREAMED;
+}
+
 // Sums over rows [from, to) of every column, of deviations from a guess of the mean and of their squares, added to those
 // that are there.
 template <class T>
@@ -793,6 +799,7 @@ void apply_columns(const Columns& g, const Tensors& t, Index from, Index to, con
     T* const y = (T*)t.y;
     const Index channels = g.channels, rows = block_rows(channels);
     const bool past = past_caches(y, g.blocks * g.length * channels) && channels % W == 0;
+    const bool remote = from_memory<T>(g);
     // Backwards: what was read last for the statistics is still in a cache.
     for (Index end = to; end > from; end -= rows) {
         const Index m = end - from < rows ? from : end - rows;
@@ -807,6 +814,7 @@ void apply_columns(const Columns& g, const Tensors& t, Index from, Index to, con
             for (Index r = end; r-- > m;)
                 for (int u = 0; u < N; ++u) {
                     const Index at = r * channels + c + u * W;
+                    if (remote) fetch(x + at - AHEAD * channels);
                     vf z = (read(x + at, lanes) - mean[u]) * gain[u] + shift[u];
                     if constexpr (R) z += read(residual + at, lanes);
                     write(y + at, activate<A>(z), lanes, past);
@@ -938,6 +946,7 @@ void column_gradients(const Columns& g, const Tensors& t, Index from, Index to, 
     T* const dresidual = (T*)t.dresidual;
     const Index channels = g.channels, rows = block_rows(channels);
     const bool past = dx && past_caches(dx, g.blocks * g.length * channels) && channels % W == 0;
+    const bool remote = from_memory<T>(g);
     const bool constants = t.given;
     for (Index end = to; end > from; end -= rows) {
         const Index m = end - from < rows ? from : end - rows;
@@ -955,6 +964,7 @@ void column_gradients(const Columns& g, const Tensors& t, Index from, Index to, 
             for (Index r = end; r-- > m;)
                 for (int u = 0; u < N; ++u) {
                     const Index at = r * channels + c + u * W;
+                    if (remote) fetch(x + at - AHEAD * channels), fetch(dy + at - AHEAD * channels);
                     const vf off = read(x + at, lanes) - mean[u];
                     const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, off, gain[u],
                                                             shift[u]);
