@@ -362,7 +362,7 @@ _ALL = (
         "network that learns nothing has the steadiest ones.",
         (Part(("none", "batch"), (Arm(USUAL, Conditions(landscape=8)),)),),
         names.covariate_shift,
-        figures=("curves",),
+        figures=("percentiles",),
     ),
     Study(
         "smoothness",
