@@ -6,6 +6,7 @@ from made_measurements import RATES, ROUGH, SMOOTH, changed, holds, probes
 from normkit.studies import STUDIES
 from normkit.studies import criteria as names
 from normkit.studies.measurements import USUAL
+from normkit.studies.probed import Probed
 from normkit.studies.verdict import Level, decided
 
 
@@ -140,6 +141,13 @@ def test_the_popular_explanation_may_fall_while_the_loss_is_smoother():
 def test_rates_at_which_nothing_is_known_leave_it_open():
     found = after("covariate-shift", [("none", USUAL, {"usable": (), "mean": None, "probed": probes()})])
     assert {check.holds for check in STUDIES["covariate-shift"].checks(found)} == {None}
+
+
+def test_a_change_of_nothing_is_no_number_of_times():
+    still = Probed(RATES[1], difference=(0.0,) * 5, cosine=(1.0,) * 5)
+    found = after("covariate-shift", [("none", USUAL, {"usable": RATES[:2], "probed": (still,)})])
+    checks = STUDIES["covariate-shift"].checks(found)
+    assert [check.holds for check in checks] == [None, False]
 
 
 def test_weights_that_do_not_rest_are_compared_with_no_prediction():

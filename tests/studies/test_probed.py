@@ -96,5 +96,9 @@ def test_where_a_seed_is_lost_nothing_is_known():
     dead = trial([probe(0, layer(0, 1), layer(1, math.nan), smoothness=math.nan)], 1)
     assert (probed(LR, [whole, dead]).cosine, probed(LR, [whole, dead]).smoothness) == ((), ())
     assert len(probed(LR, [whole, dead]).difference) == 2
+    # Without a gradient weights go down by themselves: there is nothing that they could rest at.
+    still = [probe(n, LayerProbe(0.0, math.nan, 0.0, 1.0, 0.0), layer(0, 1), loss=0.0) for n in range(2)]
+    found = probed(LR, [trial(still, 2, weight_decay=DECAY)])
+    assert (found.resting, found.turned, found.variation, found.growth) == ((), (), (), (1.0,))
     partly = trial([probe(0, layer(0, 1), layer(1, math.nan), layer(1, 0.2), layer(1, 0.4))], 1)
     assert probed(LR, [partly]).cosine == pytest.approx([0.3])

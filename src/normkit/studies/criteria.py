@@ -269,7 +269,8 @@ def _at_rates(found: Measurements) -> Iterator[tuple[str, Probed, Probed]]:
 
 
 def _ratios(first: Probed, second: Probed, name: str) -> list[float]:
-    return [a / b for a, b in zip(getattr(first, name), getattr(second, name), strict=False)]
+    pairs = list(zip(getattr(first, name), getattr(second, name), strict=False))
+    return [a / b for a, b in pairs] if all(min(pair) > 0 for pair in pairs) else []  # 0 is no number of times
 
 
 def _medians(none: Probed, batch: Probed, name: str) -> str:

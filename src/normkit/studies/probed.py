@@ -59,7 +59,7 @@ def probed(lr: float, trials: Sequence[TrialResult]) -> Probed:
         lr,
         difference=each(lambda trial: _middle(trial, lambda layer: layer.difference)),
         cosine=each(lambda trial: _middle(trial, lambda layer: layer.cosine)),
-        variation=each(lambda trial: _median((p.losses[1] - p.losses[0]) / p.loss for p in trial.probes)),
+        variation=each(lambda trial: _median(_over(p.losses[1] - p.losses[0], p.loss) for p in trial.probes)),
         change=each(lambda trial: _median(probe.changes[1] for probe in trial.probes)),
         smoothness=each(lambda trial: _median(probe.smoothness for probe in trial.probes)),
         growth=each(lambda trial: _weight(trial.probes[-1]) / _weight(trial.probes[0])),
@@ -117,8 +117,8 @@ def _resting(trial: TrialResult) -> float:
     for layers in zip(*(probe.layers[:-1] for probe in probes), strict=True):
         weight = statistics.fmean(layer.weight**4 for layer in layers) ** 0.25
         gradient = math.sqrt(statistics.fmean((layer.weight * layer.gradient) ** 2 for layer in layers))
-        ratios.append(weight / resting_weight(config.lr, config.conditions.weight_decay, MOMENTUM, gradient))
-    return statistics.geometric_mean(ratios)
+        ratios.append(_over(weight, resting_weight(config.lr, config.conditions.weight_decay, MOMENTUM, gradient)))
+    return _geometric(ratios)
 
 
 def _turned(trial: TrialResult) -> float:
@@ -130,4 +130,13 @@ def _turned(trial: TrialResult) -> float:
         math.sqrt(statistics.fmean(layer.turned**2 for layer in layers))
         for layers in zip(*(probe.layers[:-1] for probe in probes), strict=True)
     ]
-    return statistics.geometric_mean(angles) / turning(config.lr, config.conditions.weight_decay, MOMENTUM)
+    return _geometric(angles) / turning(config.lr, config.conditions.weight_decay, MOMENTUM)
+
+
+def _geometric(values: Sequence[float]) -> float:
+    """NaN where a layer is dead: without a gradient nothing balances or turns."""
+    return statistics.geometric_mean(values) if all(value > 0 for value in values) else math.nan
+
+
+def _over(value: float, base: float) -> float:
+    return value / base if base else math.nan
