@@ -363,6 +363,7 @@ _ALL = (
         (Part(("none", "batch"), (Arm(USUAL, Conditions(landscape=8)),)),),
         names.covariate_shift,
         figures=("percentiles",),
+        repeated="mlp on digits, quick version, 3 seeds each: 4 x not enough evidence",
     ),
     Study(
         "smoothness",
@@ -375,6 +376,7 @@ _ALL = (
         (Part(("none", "batch"), (Arm(USUAL, Conditions(landscape=8)),)),),
         names.smoothness,
         figures=("curves",),
+        repeated="mlp on digits, quick version, 3 seeds each: 2 x holds partly, 2 x not enough evidence",
     ),
     Study(
         "weight-decay",
@@ -400,6 +402,7 @@ _ALL = (
         names.weight_decay,
         full=Effort((0.03,), 5, 40),
         quick=Effort((0.03,), 3, 30, ("mlp",)),
+        repeated="mlp on digits, quick version, 3 seeds each: 4 x not enough evidence",
     ),
 )
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _ALL})
