@@ -371,8 +371,9 @@ _ALL = (
         "Steps of 0.5 to 4 times the rate along the gradient of a batch (arXiv:1805.11604): the largest change of the "
         "gradient over the length of the step (effective beta-smoothness), that change itself, and between which "
         "values the loss varies, as a share of it. Medians over 8 steps. The same runs as in `covariate-shift`.",
-        "Steps are longer at a larger rate, so at different rates only beta compares like with like. Smoother is 2 "
-        "times less here.",
+        "Steps are longer at a larger rate, so at different rates only beta compares like with like. The paper shows "
+        "between which values the loss varies; a share of it does not get smaller only because the loss does. Smoother "
+        "is 2 times less here.",
         (Part(("none", "batch"), (Arm(USUAL, Conditions(landscape=8)),)),),
         names.smoothness,
         figures=("curves",),
