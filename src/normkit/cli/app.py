@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from normkit.cli import bench, checks, studies, surgery, teaching
+from normkit.cli import bench, checks, sharing, studies, surgery, teaching
 from normkit.cli.console import Storage, Workers, interrupted, typed
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
@@ -200,6 +200,7 @@ for verb in surgery.VERBS:
     app.command(epilog=surgery.EXIT_CODES)(verb)
 app.command(epilog=bench.EXIT_CODES)(bench.bench)
 app.command(epilog=_EXIT_CODES)(studies.study)
+app.command(epilog=_EXIT_CODES)(sharing.worker)
 app.command(epilog=checks.EXIT_CODES)(checks.check)
 for verb in (checks.advise, teaching.explain):
     app.command()(verb)
