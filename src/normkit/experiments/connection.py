@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 import signal
 import threading
@@ -101,7 +102,10 @@ class Connection:
                 try:
                     return self._storage_of_url()
                 except ImportError as error:
-                    must = f"{hidden(self._url or '')} needs {error.name}, which is not installed"
+                    name = next(
+                        (cause.name for cause in (error.__cause__, error) if isinstance(cause, ImportError)), ""
+                    )
+                    must = f"{hidden(self._url or '')} needs {name or 'a driver'}, which is not installed"
                     hint = "for PostgreSQL pip install 'normkit[postgresql]'"
                     raise MissingExtraError(message(must, hint=hint)) from error
                 except Exception:
@@ -116,17 +120,27 @@ class Connection:
         if self._url is None:
             return storages.InMemoryStorage()
         arguments = {} if is_shared(self._url) else {"connect_args": {"timeout": _BUSY}}
-        made = with_heartbeat(self._url, **arguments)
+        made = with_heartbeat(_with_driver(self._url), **arguments)
         self._engine = made.engine
         # get_storage keeps finished trials in memory, so that looking again is cheap.
         return storages.get_storage(made)
 
     def _worded(self, done: str, error: Exception) -> NormRuntimeError:
         """A full disk, a lost connection, a file that is no study."""
-        reason = hidden(str(error.__cause__ or error).splitlines()[0])
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # the driver says it best
+            reason = reason.__cause__
         must = f"the trials must be {done} in {hidden(self._url or self._where)}"
         hint = "make room or mend the connection, then run the same command again: finished trials are kept"
-        return NormRuntimeError(message(must, reason, hint))
+        return NormRuntimeError(message(must, hidden(str(reason).splitlines()[0]), hint))
+
+
+def _with_driver(url: str) -> str:
+    """`postgresql://` with the driver that is there: SQLAlchemy means psycopg2 by it up to 2.0, and psycopg since."""
+    kind, colon, rest = url.partition("://")
+    found = (name for name in ("psycopg2", "psycopg") if importlib.util.find_spec(name))
+    driver = next(found, "") if kind == "postgresql" else ""
+    return f"{kind}+{driver}{colon}{rest}" if driver else url
 
 
 def _is_lost(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import queue
+import random
 import subprocess
 import threading
 import time
@@ -173,6 +174,8 @@ def take_trials(
     wanted = {config.key(): config for config in configs}
     finished = store.finished_keys() & wanted.keys()
     todo = deque(config for key, config in wanted.items() if key not in finished)
+    if not stay:
+        random.shuffle(todo)  # all machines in one order would claim the same trials, and lose most claims
     waiting: dict[str, TrialConfig] = {}
     idle, busy = list(range(crew.size))[::-1], dict[int, tuple[int, TrialConfig]]()
     looked = time.monotonic()
