@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from normkit.errors import MissingExtraError, NormError, NormRuntimeError, message
 from normkit.experiments.liveness import with_heartbeat
 
-__all__ = ["Connection", "hidden", "is_shared", "quiet"]
+__all__ = ["Connection", "hidden", "import_optuna", "is_shared", "quiet"]
 
 _BUSY = 60  # seconds that one process waits for another to let go of an SQLite file
 # Seconds. A database that is restarted or moves to another machine is back within minutes; what takes longer is for a
@@ -24,6 +24,19 @@ _BUSY = 60  # seconds that one process waits for another to let go of an SQLite 
 _OUTAGE, _FIRST_WAIT, _LONGEST_WAIT = 300.0, 0.5, 15.0
 _OPENING = 0.1, 0.2, 0.4, 0.8  # waits before a storage that cannot be opened is given up
 T = TypeVar("T")
+
+
+def import_optuna() -> None:
+    """Load what an open storage needs: most of a second. Raises MissingExtraError where it is not installed."""
+    try:
+        # What Optuna itself loads late, for a storage behind a URL.
+        import alembic.command  # noqa: F401
+        import filelock  # noqa: F401  # of the same extra
+        import optuna.storages  # noqa: F401
+        import sqlalchemy.orm  # noqa: F401
+    except ImportError as error:
+        must = f"the comparison needs {error.name}, which is not installed"
+        raise MissingExtraError(message(must, hint="pip install 'normkit[lab]'")) from error
 
 
 def hidden(text: str) -> str:
@@ -51,12 +64,9 @@ class Connection:
     """
 
     def __init__(self, url: str | None, where: str = "") -> None:
-        try:
-            import filelock  # noqa: F401  # of the same extra
-            import optuna
-        except ImportError as error:
-            must = f"the comparison needs {error.name}, which is not installed"
-            raise MissingExtraError(message(must, hint="pip install 'normkit[lab]'")) from error
+        import_optuna()
+        import optuna
+
         self.optuna, self._url, self._where = optuna, url, where
         self._engine: Any = None
         self._patient = False  # a wrong address or password is said at once

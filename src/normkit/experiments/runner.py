@@ -64,9 +64,13 @@ class Crew:
                 if self._log_path.stat().st_size == 0:
                     self._log_path.unlink()
 
-    def plan(self) -> Plan:
-        """Let the first worker make the question complete. Raises what it found to be wrong with it."""
+    def plan(self, meanwhile: Callable[[], None] = lambda: None) -> Plan:
+        """Let the first worker make the question complete. Raises what it found to be wrong with it.
+
+        `meanwhile` is called here while the worker starts.
+        """
         self.ask(0, PLAN, _PLANNING)
+        meanwhile()
         while (answered := self.answer()) is None:
             pass
         plan: Plan = answered[1]

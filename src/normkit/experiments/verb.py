@@ -14,6 +14,7 @@ from normkit.experiments.code import Code, refuse_when_imported, takes
 from normkit.experiments.comparison import Comparison
 from normkit.experiments.conditions import Conditions
 from normkit.experiments.config import GOALS, Config, Task, is_reference
+from normkit.experiments.connection import import_optuna
 from normkit.experiments.data import DEFAULT_DATA, Dataset, from_arrays, is_arrays, load
 from normkit.experiments.devices import cores, crew_size, gpus, may_use
 from normkit.experiments.progress import NoProgress, Progress, progress
@@ -140,8 +141,13 @@ def compare(
     from normkit.report import render  # what the report needs must be there before the training, not after
 
     render.require()
+
+    def load_tools() -> None:
+        import_optuna()
+        render.load()
+
     with OutputFolder(out) as folder:
-        comparison = _run(config, arrays, code, workers, storage, folder, command, teller)
+        comparison = _run(config, arrays, code, workers, storage, folder, command, teller, load_tools)
         comparison.save(out)
     return comparison
 
@@ -155,6 +161,7 @@ def _run(
     out: Path | None,
     command: str | None,
     teller: Progress,
+    meanwhile: Callable[[], None] = import_optuna,
 ) -> Comparison:
     begun = time.perf_counter()
     data = arrays
@@ -164,7 +171,7 @@ def _run(
     # What is named as a model may turn out to be a loop.
     devices = gpus() if may_use(config) or config.model in code else ()
     with Crew(job, 1, out / LOG if out else None, devices) as crew:
-        plan = crew.plan()
+        plan = crew.plan(meanwhile)
         crew.size = crew_size(workers, plan.job.config, devices)
         url = storage or (f"sqlite:///{(out / TRIALS).absolute()}" if out else None)
         with Store.of(plan.job.config, url, out) as store:
