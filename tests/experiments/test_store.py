@@ -87,14 +87,14 @@ def test_of_two_claims_at_the_same_time_the_later_gives_way(opened, trial, monke
     config = trial().config
     pair = opened(), opened()
     barrier = threading.Barrier(2, timeout=20)
-    look = Store.claimed_elsewhere
+    look = Store._claimed_in
 
-    def looked(store):
-        found = look(store)
+    def looked(store, trials):
+        found = look(store, trials)
         barrier.wait()
         return found
 
-    monkeypatch.setattr(Store, "claimed_elsewhere", looked)
+    monkeypatch.setattr(Store, "_claimed_in", looked)
     claims = [None, None]
 
     def claim(index):

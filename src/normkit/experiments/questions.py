@@ -45,7 +45,7 @@ class Question:
     @property
     def name(self) -> str:
         """The same for the same trials."""
-        return hashlib.sha256(" ".join(self.trials).encode()).hexdigest()[:16]
+        return hashlib.sha256(" ".join([*self.trials, self.config.pruner or ""]).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

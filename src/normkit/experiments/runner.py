@@ -23,7 +23,7 @@ from normkit.experiments.devices import environment
 from normkit.experiments.results import TrialResult
 from normkit.experiments.session import Job, Plan
 from normkit.experiments.store import Store
-from normkit.experiments.worker import PLAN, Failure
+from normkit.experiments.worker import PLAN, Failure, Report, Watched
 from normkit.processes import ended, interpreter
 
 __all__ = ["Crew", "run_trials", "take_trials"]
@@ -47,6 +47,7 @@ class Crew:
         self._log_path, self._log = log, log.open("ab") if log else None
         self._answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self._workers: dict[int, _Worker] = {}
+        self.judge: Callable[[int, Report], bool] = lambda *_: False
 
     def __enter__(self) -> Crew:
         return self
@@ -81,8 +82,11 @@ class Crew:
         """Give a worker a question; `what` names it in an error."""
         if number not in self._workers:
             here = environment(self._devices, number)
-            self._workers[number] = _Worker(number, self.job, self._answers, self._log, here)
+            self._workers[number] = _Worker(number, self.job, self._answers, self._log, here, self._judged)
         self._workers[number].questions.put((question, what))
+
+    def _judged(self, number: int, report: Report) -> bool:
+        return self.judge(number, report)
 
     def answer(self) -> tuple[int, Any] | None:
         """The number of the next worker that has answered, with its answer; None after a second without one.
@@ -103,7 +107,13 @@ class _Worker:
     """One process and the thread that talks to it."""
 
     def __init__(
-        self, number: int, job: Job, answers: queue.SimpleQueue[Any], log: IO[bytes] | None, env: dict[str, str]
+        self,
+        number: int,
+        job: Job,
+        answers: queue.SimpleQueue[Any],
+        log: IO[bytes] | None,
+        env: dict[str, str],
+        judge: Callable[[int, Report], bool],
     ) -> None:
         # One thread per worker, also for libraries that read the environment when they are loaded.
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -115,7 +125,7 @@ class _Worker:
             env={**os.environ, **threads, **env},
         )
         self.questions: queue.SimpleQueue[tuple[Any, str] | None] = queue.SimpleQueue()
-        self._number, self._answers = number, answers
+        self._number, self._answers, self._judge = number, answers, judge
         self._thread = threading.Thread(target=self._talk, args=(pickle.dumps(job),), daemon=True)
         self._thread.start()
 
@@ -139,7 +149,9 @@ class _Worker:
                 self.process.stdin.write(said + pickle.dumps(question))
                 self.process.stdin.flush()
                 said = b""
-                answer = pickle.load(self.process.stdout)
+                while isinstance(answer := pickle.load(self.process.stdout), Report):
+                    self.process.stdin.write(pickle.dumps(self._judge(self._number, answer)))
+                    self.process.stdin.flush()
                 if isinstance(answer, Failure):
                     answer = _failed(answer, what)
             except (OSError, EOFError, pickle.UnpicklingError):
@@ -183,6 +195,8 @@ def take_trials(
     waiting: dict[str, TrialConfig] = {}
     idle, busy = list(range(crew.size))[::-1], dict[int, tuple[int, TrialConfig]]()
     looked = time.monotonic()
+    watched = crew.job.config.pruner is not None
+    crew.judge = lambda number, report: store.stops(busy[number][0], *report)
     while todo or busy or (waiting and stay):
         while idle and todo:
             config = todo.popleft()
@@ -192,7 +206,7 @@ def take_trials(
                 continue
             number = idle.pop()
             busy[number] = claim, config
-            crew.ask(number, config, f"training {config}")
+            crew.ask(number, Watched(config) if watched else config, f"training {config}")
         answered = None
         if busy:
             answered = crew.answer()

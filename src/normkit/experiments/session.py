@@ -23,7 +23,7 @@ from normkit.experiments.data import DEFAULT_DATA, Dataset
 from normkit.experiments.feeds import ArrayFeed, DatasetFeed, Feed, feed_for
 from normkit.experiments.loop import run_loop
 from normkit.experiments.protocol import Training, training
-from normkit.experiments.results import TrialResult
+from normkit.experiments.results import Stops, TrialResult, never
 from normkit.experiments.trial import Recipe, run_trial, seed_everything, trainer_for
 from normkit.frameworks import FRAMEWORKS
 
@@ -103,20 +103,21 @@ class Session:
                 self.job = self.job._replace(config=config, data=None)
         return self._plan_loop() if config.run else self._plan_model()
 
-    def run(self, config: TrialConfig) -> TrialResult:
-        """One trial."""
+    def run(self, config: TrialConfig, stops: Stops = never) -> TrialResult:
+        """One trial; `stops` is asked after every evaluation whether it is to be given up."""
         asked = self.job.config
         if asked.run:
             train = self._function("run")
             seeded = self._framework_is_there()
-            result = self._looped(config, train, seeded)
+            result = self._looped(config, train, seeded, stops)
             # A loop that loaded the framework only now did so with random numbers that no seed had set.
-            return self._looped(config, train, True) if not seeded and self._framework_is_there() else result
-        return run_trial(config, self._recipe(), self._fed_under(config.conditions), self.training)
+            again = not seeded and self._framework_is_there()
+            return self._looped(config, train, True, stops) if again else result
+        return run_trial(config, self._recipe(), self._fed_under(config.conditions), self.training, stops)
 
-    def _looped(self, config: TrialConfig, train: Any, seeded: bool) -> TrialResult:
+    def _looped(self, config: TrialConfig, train: Any, seeded: bool, stops: Stops) -> TrialResult:
         seed_everything(config.seed, self.training if seeded else None)
-        return run_loop(config, train, self.job.config.metric, lambda: self.training)
+        return run_loop(config, train, self.job.config.metric, lambda: self.training, stops)
 
     def _plan_loop(self) -> Plan:
         config = self.job.config

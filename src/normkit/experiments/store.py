@@ -10,10 +10,12 @@ at again after it was inserted, and of all claims on a key the first holds; the 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,7 @@ from normkit.errors import NormError, NormRuntimeError, message
 from normkit.experiments.config import GOALS, Config, TrialConfig
 from normkit.experiments.connection import Connection, is_shared, quiet
 from normkit.experiments.liveness import Beats, Lock
+from normkit.experiments.pruning import family, is_behind, may_lose
 from normkit.experiments.results import TrialResult
 
 __all__ = ["QUESTION", "STUDY", "Store", "plain"]
@@ -49,13 +52,24 @@ class Store:
         url: any storage URL of Optuna, None keeps the trials in memory.
         folder: where the lock file lies, None takes the system's folder for temporary files. A database server needs
             none: heartbeats tell who lives.
+        pruner: one of :data:`normkit.experiments.pruning.PRUNERS`. What it ended counts for comparisons with the same
+            pruner alone; others train it to the end.
 
     Raises NormRuntimeError where the storage cannot be opened or written. Use it as a context manager: leaving gives
     up what is still claimed.
     """
 
-    def __init__(self, name: str, direction: str, url: str | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        direction: str,
+        url: str | None = None,
+        folder: Path | None = None,
+        pruner: str | None = None,
+    ) -> None:
         self._claims: dict[int, str] = {}
+        self._direction, self._pruner = f"{direction}imize", pruner
+        self._judging = threading.Lock()  # workers report in threads of their own
         self._connection = Connection(url, str(folder or "memory"))
         self._optuna, self._storage = self._connection.optuna, self._connection.storage
         self._lock: Lock | None = None
@@ -76,7 +90,7 @@ class Store:
     def of(cls, config: Config, url: str | None = None, folder: Path | None = None) -> Store:
         """The trials of what a question is about: all questions about one model or loop share a study."""
         goal = config.goal or GOALS.get(config.metric or "", "max")
-        return cls(f"{STUDY}{config.subject}", goal, url, folder)
+        return cls(f"{STUDY}{config.subject}", goal, url, folder, config.pruner)
 
     def __enter__(self) -> Store:
         return self
@@ -101,22 +115,29 @@ class Store:
         found: dict[str, TrialResult] = {}
         for trial in self._trials():
             key = trial.user_attrs.get("key")
-            if key in keys and key not in found and trial.state in self._complete and "result" in trial.user_attrs:
+            if key in keys and key not in found and self._counts(trial):
                 found[key] = TrialResult.from_dict(trial.user_attrs["result"])
         return found
 
     def finished_keys(self) -> set[str]:
         """The keys of all complete trials."""
-        return {
-            trial.user_attrs["key"]
-            for trial in self._trials()
-            if trial.state in self._complete and "result" in trial.user_attrs
-        }
+        return self._finished_in(self._trials())
+
+    def stops(self, number: int, step: int, metric: float) -> bool:
+        """Keep what a trial of this process reports, and say whether the pruner ends it."""
+        with self._judging:
+            return self._connection.ask("written", self._judged, number, step, metric)
 
     def claimed_elsewhere(self) -> dict[str, str]:
         """Keys that another living process works on, and which. Trials of dead processes are closed as failed."""
+        return self._claimed_in(self._trials())
+
+    def _finished_in(self, trials: Sequence[Any]) -> set[str]:
+        return {trial.user_attrs["key"] for trial in trials if self._counts(trial)}
+
+    def _claimed_in(self, trials: Sequence[Any]) -> dict[str, str]:
         claims: dict[str, str] = {}
-        theirs = [trial for trial in self._running() if trial._trial_id not in self._claims]
+        theirs = [trial for trial in self._running(trials) if trial._trial_id not in self._claims]
         dead = self._dead(theirs)
         for trial in theirs:
             owner = trial.user_attrs["owner"]
@@ -131,20 +152,21 @@ class Store:
 
         Raises NormRuntimeError for a trial that has ended several processes since this one began.
         """
-        key = config.key()
-        if key in self.finished_keys() or key in self.claimed_elsewhere():
+        key, trials = config.key(), self._trials()
+        if key in self._finished_in(trials) or key in self._claimed_in(trials):
             return None
-        self._refuse_deadly(config)
+        self._refuse_deadly(config, trials)
         number = self._announced(config)
-        running = [trial for trial in self._running() if trial.user_attrs["key"] == key]
+        trials = self._trials()
+        running = [trial for trial in self._running(trials) if trial.user_attrs["key"] == key]
         earlier = [trial for trial in running if trial._trial_id < number]
-        if len(earlier) > len(self._dead(earlier)) or key in self.finished_keys():
+        if len(earlier) > len(self._dead(earlier)) or key in self._finished_in(trials):
             self.give_up(number, "another process was quicker")
             return None
         return number
 
     def finish(self, number: int, result: TrialResult) -> None:
-        """Keep a result, also where another process took the claim for dead. A diverged trial is recorded as pruned."""
+        """Keep a result, also where another process took the claim for dead. One that diverged is pruned for Optuna."""
         del self._claims[number]
         try:
             self._connection.ask("written", self._keep, number, result)
@@ -161,10 +183,10 @@ class Store:
         del self._claims[number]
         self._close(number, reason)
 
-    def _refuse_deadly(self, config: TrialConfig) -> None:
+    def _refuse_deadly(self, config: TrialConfig, trials: Sequence[Any]) -> None:
         died = [
             trial
-            for trial in self._trials()
+            for trial in trials
             if trial._trial_id > self._before
             and trial.user_attrs.get("key") == config.key()
             and trial.user_attrs.get("failed") == _DIED
@@ -175,16 +197,16 @@ class Store:
             raise NormRuntimeError(message(must, hint=hint))
 
     def _announced(self, config: TrialConfig) -> int:
-        mark = secrets.token_hex(8)
-        number: int = self._connection.ask("written", self._inserted, config, mark)
+        mark, tries = secrets.token_hex(8), itertools.count()
+        number: int = self._connection.ask("written", lambda: self._inserted(config, mark, again=next(tries) > 0))
         self._claims[number] = config.key()
         if self._beats is not None:
             self._beats.start()
         return number
 
-    def _inserted(self, config: TrialConfig, mark: str) -> int:
-        # Asked a second time where the connection was lost: then it may be there already.
-        for trial in self._storage.get_all_trials(self._study, deepcopy=False):
+    def _inserted(self, config: TrialConfig, mark: str, *, again: bool) -> int:
+        # Where the connection was lost before the answer came, it is there already.
+        for trial in self._storage.get_all_trials(self._study, deepcopy=False) if again else ():
             if trial.user_attrs.get("owner", {}).get("mark") == mark:
                 return int(trial._trial_id)
         lock = {"lock": str(self._lock.path)} if self._lock else {}
@@ -207,19 +229,45 @@ class Store:
 
     def _keep(self, number: int, result: TrialResult) -> None:
         states = self._optuna.trial.TrialState
-        self._storage.set_trial_user_attr(number, "diverged", result.diverged)
+        if result.diverged:
+            self._storage.set_trial_user_attr(number, "diverged", True)
         self._storage.set_trial_user_attr(number, "result", result.to_dict())
         # The state comes last: a trial is complete only when everything of it is there.
-        if result.diverged:
+        if result.diverged or result.pruned:
             self._storage.set_trial_state_values(number, states.PRUNED)
         else:
             assert result.final is not None
             self._storage.set_trial_state_values(number, states.COMPLETE, [result.final])
 
-    @property
-    def _complete(self) -> tuple[Any, ...]:
+    def _counts(self, trial: Any) -> bool:
         states = self._optuna.trial.TrialState
-        return states.COMPLETE, states.PRUNED
+        complete = trial.state in (states.COMPLETE, states.PRUNED) and "result" in trial.user_attrs
+        return complete and trial.user_attrs.get("pruned") in (None, self._pruner)
+
+    def _judged(self, number: int, step: int, metric: float) -> bool:
+        assert self._pruner is not None
+        self._storage.set_trial_intermediate_value(number, step, metric)
+        trials, index = self._family(number)
+        with quiet(self._optuna):
+            behind, remembered = is_behind(self._optuna, self._pruner, self._direction, trials, index)
+        for name, value in remembered.items():
+            self._storage.set_trial_system_attr(number, name, value)
+        if not behind or not may_lose(trials, index):
+            return False
+        self._storage.set_trial_user_attr(number, "pruned", self._pruner)
+        # Another machine may have ended the last other rate in the same moment: whoever sees that goes on.
+        if may_lose(*self._family(number)):
+            return True
+        self._storage.set_trial_user_attr(number, "pruned", None)
+        return False
+
+    def _family(self, number: int) -> tuple[list[Any], int]:
+        """The trials that compete with one of ours, itself included, and which it is."""
+        known = self._storage.get_all_trials(self._study, deepcopy=False)
+        mine = family(next(trial for trial in known if trial._trial_id == number).user_attrs["config"])
+        failed = self._optuna.trial.TrialState.FAIL
+        trials = [trial for trial in known if trial.state != failed and family(trial.user_attrs["config"]) == mine]
+        return trials, [trial._trial_id for trial in trials].index(number)
 
     def _leave(self) -> None:
         if self._beats is not None:
@@ -248,9 +296,9 @@ class Store:
     def _trials(self) -> list[Any]:
         return list(self._connection.ask("read", self._storage.get_all_trials, self._study, False))
 
-    def _running(self) -> list[Any]:
+    def _running(self, trials: Sequence[Any]) -> list[Any]:
         running = self._optuna.trial.TrialState.RUNNING
-        return [trial for trial in self._trials() if trial.state == running and "owner" in trial.user_attrs]
+        return [trial for trial in trials if trial.state == running and "owner" in trial.user_attrs]
 
     def _dead(self, running: Sequence[Any]) -> set[int]:
         """Which of these trials of others have no process any more: of this machine the lock tells, else the beats."""

@@ -50,6 +50,7 @@ def compare(
     target: float | None = None,
     framework: str = _DEFAULT.framework,
     conditions: Sequence[Conditions | Mapping[str, Any]] = _DEFAULT.conditions,
+    pruner: str | None = _DEFAULT.pruner,
     workers: int | None = None,
     storage: str | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -94,6 +95,9 @@ def compare(
         conditions: what is changed about data and network for all variants, one set of conditions after the other:
             `[{}, {"label_noise": 0.3}]` compares on clean labels and on noisy ones (see
             :class:`normkit.experiments.conditions.Conditions`).
+        pruner: `median` or `hyperband` of Optuna give up trials that fall behind the other rates of their norm, to save
+            time; None trains all to the end. A rate of which a seed was pruned has lost: it is not the best one, and
+            does not count as working.
         workers: processes, one thread each; by default one per core, or one per GPU where there are several and what
             trains may use them (a loop, Keras, NNX).
         storage: where trials are kept, a storage URL of Optuna; by default `trials.db` in `out`. With neither nothing
@@ -133,6 +137,7 @@ def compare(
         target=target,
         framework=framework,
         conditions=conditions,  # type: ignore[arg-type]
+        pruner=pruner,
     )
     workers = checked_workers(workers)
     teller: Progress = progress() if show_progress else NoProgress()

@@ -207,11 +207,18 @@ def _rate_range(figure: RateRange, colors: _Colors) -> _Drawing:
         axes.plot(line.lrs, scale * mean, color=color, linestyle=_dashes(line.pen), marker="o", markersize=3.2)
         usable = [lane if usable else math.nan for usable in line.usable]
         foot.plot(line.lrs, usable, color=color, linewidth=3, marker="o", markersize=5, solid_capstyle="round")
-        for lr, lost, works in zip(line.lrs, line.diverged, line.usable, strict=True):
+        for lr, lost, pruned, works in zip(line.lrs, line.diverged, line.pruned, line.usable, strict=True):
             if not works:
                 marker = "x" if lost else "o"
                 foot.plot([lr], [lane], marker, color=color, markersize=4.5, markeredgewidth=1.3, fillstyle="none")
-            said = f"{lost} of its seeds diverged" if lost else "works" if works else "trained, but did not learn"
+            said = "works" if works else "trained, but did not learn"
+            if lost or pruned:
+                parts = (
+                    f"{number} of its seeds {what}"
+                    for number, what in ((lost, "diverged"), (pruned, "pruned"))
+                    if number
+                )
+                said = ", ".join(parts)
             points.append(_Point(foot, lr, lane, f"{line.norm}, rate {lr:g}: {said}"))
         for lr, *three in zip(line.lrs, mean, low, high, strict=True):
             points.append(_Point(axes, lr, scale * three[0], f"{line.norm}, rate {lr:g}: {_ranged(task, *three)}"))
