@@ -27,15 +27,22 @@ def interpreter(module: str) -> list[str]:
     return [sys.executable, "-c", _MAIN.format(path=sys.path, module=module)]
 
 
-def serve(begin: Callable[[Any], Callable[[Any], Any]]) -> None:
+def serve(begin: Callable[[Any, Callable[[Any], Any]], Callable[[Any], Any]]) -> None:
     """In the worker: answer questions, until there are no more or the parent is gone.
 
-    What is read first has no answer: `begin` gets it and returns what answers all that follows. From here on the
-    process ends with its parent, and Ctrl-C is the parent's business.
+    What is read first has no answer: `begin` gets it and returns what answers all that follows. Its second argument
+    is a function that asks the parent something in the middle of an answer. From here on the process ends with its
+    parent, and Ctrl-C is the parent's business.
     """
     questions, answers = _pipes()
+
+    def ask(question: Any) -> Any:
+        pickle.dump(question, answers)
+        answers.flush()
+        return pickle.load(questions)
+
     with contextlib.suppress(EOFError, BrokenPipeError):
-        answer = begin(pickle.load(questions))
+        answer = begin(pickle.load(questions), ask)
         while True:
             pickle.dump(answer(pickle.load(questions)), answers)
             answers.flush()

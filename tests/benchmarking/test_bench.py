@@ -26,7 +26,7 @@ from normkit.benchmarking.plot import figure
 from normkit.benchmarking.results import Measurement, Measurements
 from normkit.cli import main
 from normkit.errors import NormRuntimeError, NormValueError
-from normkit.experiments.runner import cores
+from normkit.experiments.devices import cores
 
 SMALL = Case("batch", (4, 3, 2, 2), "relu")
 LARGER = Case("batch", (8, 3, 2, 2), "relu")

@@ -1,11 +1,16 @@
 import dataclasses
-from collections.abc import Callable, Sequence
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from normkit.experiments import runner, worker
 from normkit.experiments.config import TrialConfig
 from normkit.experiments.results import Evaluation, TrialResult
 
@@ -80,3 +85,33 @@ def make_trial(
         versions=(("torch", "2"),),
     )
     return dataclasses.replace(result, **changes)
+
+
+class Here:
+    """A worker without a process of its own, which takes seconds to start: what it is told and answers is the same."""
+
+    def __init__(self, number: int, job: Any, answers: Any, log: Any, env: Any, judge: Any) -> None:
+        self.number, self.answers = number, answers
+        self.answer = worker._begin(pickle.loads(pickle.dumps(job)), lambda report: judge(number, report))
+        self.questions = self
+        self.process = SimpleNamespace(kill=lambda: None)
+
+    def put(self, asked: tuple[Any, str]) -> None:
+        answer = pickle.loads(pickle.dumps(self.answer(asked[0])))
+        if isinstance(answer, worker.Failure):
+            answer = runner._failed(answer, asked[1])
+        self.answers.put((self.number, answer))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let workers work in this process, and leave the process as it was."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(runner, "_Worker", Here)
+    monkeypatch.setattr("normkit.experiments.memory.gc.collect", lambda: 0)  # of all that tests have loaded: 0.2 s
+    yield
+    torch.set_num_threads(threads)

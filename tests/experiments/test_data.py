@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 
 from normkit.errors import MissingExtraError, NormValueError
 from normkit.experiments.data import from_arrays, is_arrays, load, prepare, scale, split
@@ -223,9 +224,19 @@ def test_digits():
 
 
 def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(MissingExtraError, match=r"normkit\[lab\]"):
         load("digits")
+
+
+@pytest.mark.parametrize(("source", "shape"), [("digits", (-1, 1, 8, 8)), ("wine", (-1, 13))])
+def test_the_tables_of_scikit_learn_are_what_it_loads(source, shape):
+    """They are read without it; a row is known by its values, wherever it is."""
+    found = load(source)
+    x, y = (np.concatenate([getattr(part, name) for part in (found.train, found.test)]) for name in "xy")
+    bunch = getattr(sklearn.datasets, f"load_{source}")()
+    theirs = bunch.data.astype(np.float32).reshape(shape)
+    assert sorted(zip(map(bytes, x), y, strict=True)) == sorted(zip(map(bytes, theirs), bunch.target, strict=True))
 
 
 def test_scaling_of_tables_is_per_column_and_fitted_on_training_alone():

@@ -75,8 +75,8 @@ def test_a_dying_worker_is_reported(job, processes):
         run(job, 1, kill)
 
 
-def loop(tmp_path, body):
-    (tmp_path / "train.py").write_text(f"def train(trial):\n    {body}\n")
+def loop(tmp_path, body, head=""):
+    (tmp_path / "train.py").write_text(f"{head}def train(trial):\n    {body}\n")
     name = f"{tmp_path}/train.py:train"
     return Job(Config(run=name, norms=("none",), lrs=(0.1,), seeds=1), None, {name: Code.named(name)})
 
@@ -118,3 +118,18 @@ def test_an_interruption_leaves_no_worker_behind(job, processes):
         run(job, 2, interrupt)
     assert len(processes) == 2
     assert all(process.poll() is not None for process in processes)
+
+
+def test_a_framework_that_a_loop_loads_late_is_seeded_too(tmp_path):
+    """A loop without PyTorch does without it; what loads it in the middle of its first trial is run again, seeded."""
+    found = []
+    for head, name in (("import torch\n", "'torch'"), ("", "'to' + 'rch'")):
+        body = f"import importlib; torch = importlib.import_module({name}); trial.report(1, loss=torch.rand(()).item())"
+        job = loop(tmp_path, body, head)
+        found.append([result.final for result in run(job, 1).values()])
+    assert found[0] == found[1]
+
+
+def test_a_loop_without_a_framework_loads_none(tmp_path):
+    job = loop(tmp_path, "import sys; trial.report(1, loss=float('to' + 'rch' in sys.modules))")
+    assert [result.final for result in run(job, 1).values()] == [0.0]

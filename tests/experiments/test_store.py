@@ -6,14 +6,15 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from datetime import timedelta
+import time
 from pathlib import Path
 
 import optuna
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from normkit.errors import NormRuntimeError
-from normkit.experiments import store as stores
+from normkit.experiments import connection, liveness
 from normkit.experiments.store import Store, plain
 
 
@@ -34,6 +35,13 @@ def opened(url, tmp_path):
     yield open_
     for store in made:
         store.__exit__(None, None, None)
+
+
+def wait_until(condition, seconds):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def states(url):
@@ -79,14 +87,14 @@ def test_of_two_claims_at_the_same_time_the_later_gives_way(opened, trial, monke
     config = trial().config
     pair = opened(), opened()
     barrier = threading.Barrier(2, timeout=20)
-    look = Store.claimed_elsewhere
+    look = Store._claimed_in
 
-    def looked(store):
-        found = look(store)
+    def looked(store, trials):
+        found = look(store, trials)
         barrier.wait()
         return found
 
-    monkeypatch.setattr(Store, "claimed_elsewhere", looked)
+    monkeypatch.setattr(Store, "_claimed_in", looked)
     claims = [None, None]
 
     def claim(index):
@@ -107,7 +115,7 @@ def test_a_result_whose_claim_was_taken_for_dead_is_kept_and_the_first_complete_
     first, second = trial(final=0.1), trial(final=0.2)
     mine, theirs = opened(), opened()
     number = mine.claim(first.config)
-    monkeypatch.setattr(Store, "_lives", lambda self, trial: False)
+    monkeypatch.setattr(Store, "_dead", lambda self, running: {trial._trial_id for trial in running})
     other = theirs.claim(second.config)
     mine.finish(number, first)
     theirs.finish(other, second)
@@ -148,15 +156,85 @@ def test_leaving_gives_up_what_is_claimed(url, trial, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["trials.db"]
 
 
-def test_of_another_machine_only_the_age_tells(opened, trial, monkeypatch):
+def test_a_claim_that_never_had_a_heartbeat_is_not_for_ever(opened, trial, monkeypatch, url):
+    """Its process ended between the announcement and the first beat; Optuna knows nothing of such trials."""
     config = trial().config
+    monkeypatch.setattr(liveness.Beats, "start", lambda self: None)
+    monkeypatch.setattr(liveness, "_GRACE", 0.5)
     mine, theirs = opened(), opened()
     with monkeypatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: "elsewhere")
         theirs.claim(config)
+    mine._storage._backend.grace_period = 1
     assert mine.claim(config) is None
-    monkeypatch.setattr(stores, "_PATIENCE", timedelta(0))
+    wait_until(lambda: mine.claim(config) is not None, 10)
+
+
+def test_nobody_is_judged_right_after_the_connection_was_lost(opened, trial, monkeypatch):
+    config = trial().config
+    monkeypatch.setattr(liveness.Beats, "start", lambda self: None)
+    mine, theirs = opened(), opened()
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        number = theirs.claim(config)
+    monkeypatch.setattr(mine._storage, "_get_stale_trial_ids", lambda study: [number])
+    mine._beats.missed()
+    assert mine.claim(config) is None
+    mine._beats._blind_until = 0.0
     assert mine.claim(config) is not None
+
+
+def test_a_trial_that_ends_its_processes_is_refused_in_the_end(opened, trial, url):
+    """And a later command tries it anew."""
+    config = trial().config
+    store = opened()
+    for _ in range(3):
+        number = store.claim(config)
+        store.give_up(number, "its process ended")
+    with pytest.raises(NormRuntimeError, match=r"must leave its process alive; 3 processes ended while training none"):
+        store.claim(config)
+    assert opened().claim(config) is not None
+
+
+class Flaky:
+    """A connection that is lost: before a call, or after it, when it has done its work."""
+
+    def __init__(self, call, *, after):
+        self.call, self.after, self.times = call, after, 2
+
+    def __call__(self, *arguments, **named):
+        result = self.call(*arguments, **named) if self.after or not self.times else None
+        if self.times:
+            self.times -= 1
+            raise OperationalError("statement", {}, Exception("server closed the connection"))
+        return result
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("method", ["create_new_trial", "set_trial_user_attr", "set_trial_state_values"])
+def test_a_lost_connection_loses_and_doubles_nothing(opened, trial, url, monkeypatch, method, after):
+    """Whether the question was lost or the answer nobody knows."""
+    monkeypatch.setattr(connection, "_FIRST_WAIT", 0.001)
+    store = opened()
+    store._connection._patient = True
+    monkeypatch.setattr(store._storage, method, Flaky(getattr(store._storage, method), after=after))
+    result = trial()
+    store.finish(store.claim(result.config), result)
+    assert states(url) == [("COMPLETE", None)]
+    assert store.finished({result.config.key()}) == {result.config.key(): plain(result)}
+
+
+def test_a_connection_that_stays_lost_is_said(opened, trial, monkeypatch):
+    monkeypatch.setattr(connection, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(connection, "_OUTAGE", 0.1)
+    store = opened()
+    store._connection._patient = True
+    lost = Flaky(None, after=False)
+    lost.times = 1000
+    monkeypatch.setattr(store._storage, "create_new_trial", lost)
+    with pytest.raises(NormRuntimeError, match=r"must be written in .*server closed the connection. hint: .*mend"):
+        store.claim(trial().config)
+    assert 3 <= 1000 - lost.times <= 5  # 10, 20 and 40 ms apart
 
 
 def test_many_processes_may_make_the_storage_at_once(url, tmp_path):
@@ -248,6 +326,9 @@ def test_claims_hold_from_other_folders_too(url, trial, tmp_path, monkeypatch):
 
 
 def test_passwords_are_hidden():
-    assert stores.hidden("postgresql://ann:secret@host/db") == "postgresql://ann:***@host/db"
-    assert stores.hidden("normkit compare --storage mysql+x://u:p:q@h") == "normkit compare --storage mysql+x://u:***@h"
-    assert stores.hidden("sqlite:///a/b.db") == "sqlite:///a/b.db"
+    assert connection.hidden("postgresql://ann:secret@host/db") == "postgresql://ann:***@host/db"
+    assert (
+        connection.hidden("normkit compare --storage mysql+x://u:p:q@h")
+        == "normkit compare --storage mysql+x://u:***@h"
+    )
+    assert connection.hidden("sqlite:///a/b.db") == "sqlite:///a/b.db"

@@ -114,7 +114,7 @@ def test_the_same_question_has_the_same_answer(npz):
         ({"inputs": "standart"}, "did you mean standard?"),
     ],
 )
-def test_refused_before_training_and_nothing_written(npz, tmp_path, monkeypatch, changes, said):
+def test_refused_before_training_and_nothing_written(here, npz, tmp_path, monkeypatch, changes, said):
     def train(*arguments):
         raise AssertionError("training began")
 
@@ -127,7 +127,7 @@ def test_refused_before_training_and_nothing_written(npz, tmp_path, monkeypatch,
     assert not out.parent.exists()
 
 
-def test_an_interruption_before_the_first_trial_keeps_only_the_storage(npz, tmp_path, monkeypatch):
+def test_an_interruption_before_the_first_trial_keeps_only_the_storage(here, npz, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
@@ -251,7 +251,7 @@ def test_a_model_of_the_users_with_everything_of_their_own(mine, npz):
     assert result.trials[1].snapshots[0].sites[0].gamma_mean == 1.0
 
 
-def test_by_default_all_norms_that_the_model_has_a_place_for(mine, npz):
+def test_by_default_all_norms_that_the_model_has_a_place_for(here, mine, npz):
     asked = {**SMALL, "norms": None}
     result = normkit.compare(mine("build"), npz(), **asked)
     assert result.config.norms == ("none", "batch", "layer", "group", "renorm", "rms")
@@ -260,7 +260,7 @@ def test_by_default_all_norms_that_the_model_has_a_place_for(mine, npz):
 
 
 @pytest.mark.parametrize("name", ["bare", "batched"])
-def test_a_model_that_knows_nothing_of_norms(mine, npz, name):
+def test_a_model_that_knows_nothing_of_norms(here, mine, npz, name):
     """As good as one that takes `norm` at the same place: its inputs to the activations are normalized."""
     result = normkit.compare(mine(name), npz(), **SMALL)
     none, batch = (next(t for t in result.trials if t.config.norm == norm) for norm in ("none", "batch"))
@@ -293,7 +293,7 @@ def test_data_of_the_users(mine, name, tested):
         ("build", "shrinking", "same number of batches in every epoch"),
     ],
 )
-def test_what_is_wrong_with_the_users_code_is_said(mine, npz, tmp_path, model, data, said):
+def test_what_is_wrong_with_the_users_code_is_said(here, mine, npz, tmp_path, model, data, said):
     asked = {**SMALL, "out": tmp_path / "out", "batch_sizes": None if data else (8,)}
     with pytest.raises(NormError) as error:
         normkit.compare(mine(model), mine(data, "data") if data else npz(), **asked)
@@ -301,7 +301,7 @@ def test_what_is_wrong_with_the_users_code_is_said(mine, npz, tmp_path, model, d
     assert data == "shrinking" or not (tmp_path / "out").exists()
 
 
-def test_numbers_to_predict_need_no_word_more(npz, arrays):
+def test_numbers_to_predict_need_no_word_more(here, npz, arrays):
     x = arrays["x_train"]
     result = normkit.compare(data=npz(y_train=x[:, 0] * 7 + 90, y_test=arrays["x_test"][:, 0] * 7 + 90), **SMALL)
     assert (result.task.metric, result.task.goal, result.task.target) == ("loss", "min", None)
@@ -352,7 +352,7 @@ def test_trials_with_other_versions_are_noted(finished):
     assert "different versions" in verb._notes([*comparison.trials, newer])[0]
 
 
-def test_the_password_of_a_storage_is_not_in_the_results(finished, npz, tmp_path):
+def test_the_password_of_a_storage_is_not_in_the_results(here, finished, npz, tmp_path):
     result = normkit.compare(data=npz(), storage=f"sqlite:///{tmp_path}/secret.db", **SMALL)
     assert result.environment["storage"] == "sqlite"
     assert "secret" not in json.dumps(result.to_dict())
@@ -372,7 +372,7 @@ missing = TensorDataset(torch.full((64, 3), torch.nan), y)
 """
 
 
-def test_a_loader_with_random_numbers_of_its_own_gives_all_variants_the_same(mine, tmp_path):
+def test_a_loader_with_random_numbers_of_its_own_gives_all_variants_the_same(here, mine, tmp_path):
     (tmp_path / "loaders.py").write_text(LOADERS)
     found = {}
     for norms in (("none", "batch"), ("batch", "none")):
@@ -382,7 +382,7 @@ def test_a_loader_with_random_numbers_of_its_own_gives_all_variants_the_same(min
     assert all(first == second for first, second in found.values())
 
 
-def test_two_names_of_one_file_are_two_questions(mine, tmp_path):
+def test_two_names_of_one_file_are_two_questions(here, mine, tmp_path):
     (tmp_path / "loaders.py").write_text(LOADERS)
     asked = {**SMALL, "storage": f"sqlite:///{tmp_path}/trials.db", "norms": ("none",)}
     first, second = (normkit.compare(mine("build"), mine(name, "loaders"), **asked) for name in ("raw", "scaled"))
@@ -391,13 +391,13 @@ def test_two_names_of_one_file_are_two_questions(mine, tmp_path):
     assert normkit.compare(mine("build"), mine("raw", "loaders"), **asked).environment["started"] == 0
 
 
-def test_values_that_are_missing_are_refused_in_data_sets_too(mine, tmp_path):
+def test_values_that_are_missing_are_refused_in_data_sets_too(here, mine, tmp_path):
     (tmp_path / "loaders.py").write_text(LOADERS)
     with pytest.raises(NormError, match=r"samples of loaders\.py:missing must be finite; got nan"):
         normkit.compare(mine("build"), mine("missing", "loaders"), **SMALL)
 
 
-def test_a_network_that_does_not_fit_the_data_is_worded(npz, tmp_path):
+def test_a_network_that_does_not_fit_the_data_is_worded(here, npz, tmp_path):
     (tmp_path / "m.py").write_text(
         "from torch import nn\ndef build(norm): return nn.Sequential(nn.Linear(9, 2), norm(2))\n"
     )

@@ -90,6 +90,7 @@ def test_rate_range_marks_divergence():
             (0.5, 0.5, None),
             (0.7, 0.5, None),
             (0, 0, 1),
+            (0, 0, 0),
             (True, False, False),
         ),
     )

@@ -22,7 +22,6 @@ from typing import Any
 
 from normkit.benchmarking.cases import Case
 from normkit.benchmarking.circumstances import circumstances
-from normkit.benchmarking.exact import given, wrong
 from normkit.benchmarking.peers import UNITS, Peer, Units, found
 from normkit.benchmarking.results import Fault, Measurement, Measurements
 from normkit.benchmarking.values import load, remove, save
@@ -281,6 +280,8 @@ def _case(
 
 def _prepared(crew: _Crew, case: Case, peers: Sequence[Peer], units: Units, faults: list[Fault]) -> list[Peer]:
     """The peers, and the units, that are ready and whose outputs are right."""
+    from normkit.benchmarking.exact import given, wrong  # late: it brings much, and only measuring needs it
+
     numbers = given(case)
     save(crew.folder, "given", numbers.arrays())
     ready: list[Peer] = []

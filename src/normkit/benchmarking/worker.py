@@ -124,7 +124,7 @@ def _page_faults() -> int | None:
 
 def main() -> None:
     """Serve one parent: a Setup comes first, then Prepare, Time and DROP."""
-    serve(_begin)
+    serve(lambda setup, _: _begin(setup))
 
 
 def _begin(setup: Setup) -> Callable[[Any], Any]:

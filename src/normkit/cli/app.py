@@ -12,12 +12,13 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from normkit.cli import bench, checks, studies, surgery, teaching
+from normkit.cli import bench, checks, sharing, studies, surgery, teaching
 from normkit.cli.console import Storage, Workers, interrupted, typed
 from normkit.errors import NormError, NormRuntimeError, NormValueError, message
 from normkit.experiments import Comparison, Config
 from normkit.experiments import compare as run_comparison
 from normkit.experiments.config import INPUTS, LOSSES, NORMS, OPTIMIZERS
+from normkit.experiments.pruning import PRUNERS
 from normkit.experiments.verb import TRIALS
 from normkit.frameworks import FRAMEWORKS, part
 
@@ -149,6 +150,12 @@ def compare(
         ),
     ] = None,
     framework: Annotated[str, typer.Option(help=f"What trains: {', '.join(FRAMEWORKS)}.")] = _DEFAULT.framework,
+    pruner: Annotated[
+        str,
+        typer.Option(
+            help=f"What gives up trials that fall behind the other rates of their norm: none, {', '.join(PRUNERS)}."
+        ),
+    ] = "none",
     workers: Workers = None,
     storage: Storage = None,
     out: Annotated[Path, typer.Option(help="Folder for the report, the results and the trials.")] = Path(
@@ -176,6 +183,7 @@ def compare(
             goal=goal,
             target=target,
             framework=framework,
+            pruner=None if pruner == "none" else pruner,
             workers=workers,
             storage=storage,
             out=out,
@@ -200,6 +208,7 @@ for verb in surgery.VERBS:
     app.command(epilog=surgery.EXIT_CODES)(verb)
 app.command(epilog=bench.EXIT_CODES)(bench.bench)
 app.command(epilog=_EXIT_CODES)(studies.study)
+app.command(epilog=_EXIT_CODES)(sharing.worker)
 app.command(epilog=checks.EXIT_CODES)(checks.check)
 for verb in (checks.advise, teaching.explain):
     app.command()(verb)

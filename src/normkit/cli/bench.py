@@ -18,7 +18,7 @@ from normkit.benchmarking.harness import measure
 from normkit.benchmarking.page import page
 from normkit.benchmarking.worker import MEMORIES
 from normkit.errors import NormValueError, message, nearest
-from normkit.experiments.runner import cores
+from normkit.experiments.devices import cores
 from normkit.files import save
 from normkit.kernels.registry import VARIABLE
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from normkit.experiments.store import hidden
+from normkit.experiments.connection import hidden
 from normkit.experiments.verb import TRIALS
 
 __all__ = ["Storage", "Workers", "interrupted", "typed"]

@@ -35,22 +35,23 @@ class Setting(NamedTuple):
 class RatePoint(NamedTuple):
     """All seeds of a variant at one rate.
 
-    `metric` is the validation metric of each seed (see :func:`score`), None where the seed diverged; `usable` tells
-    whether the rate counts as working (see :func:`summarize`).
+    `metric` is the validation metric of each seed (see :func:`score`), None where the seed diverged or was pruned;
+    `usable` tells whether the rate counts as working (see :func:`summarize`); `pruned` counts the latter seeds.
     """
 
     lr: float
     metric: tuple[float | None, ...]
     usable: bool
+    pruned: int = 0
 
     @property
     def diverged(self) -> int:
         """Number of seeds that diverged."""
-        return self.metric.count(None)
+        return self.metric.count(None) - self.pruned
 
     @property
     def mean(self) -> float | None:
-        """Mean over the seeds, None where one diverged."""
+        """Mean over the seeds, None where one diverged or was pruned."""
         values = [value for value in self.metric if value is not None]
         return statistics.fmean(values) if len(values) == len(self.metric) else None
 
@@ -200,7 +201,9 @@ def summarize(results: Iterable[TrialResult], task: Task) -> tuple[Group, ...]:
 
     A rate is usable where no seed diverged and every seed learned: the mean training loss of the last epoch is below
     half that of the best constant guess or, where that is not known, the metric came at least half way from where they
-    start (the worst first evaluation of any variant at its smallest rate) to the best that any variant reached.
+    start (the worst first evaluation of any variant at its smallest rate) to the best that any variant reached. A rate
+    of which a seed was pruned lost against another rate of its norm: it is neither the best nor usable, since how it
+    would have ended nobody knows.
 
     Differences are paired by seed. Where a variant diverged for every rate it has no place in them. All of the
     comparison are corrected together (Holm, weight 1 against the baseline, else 0.1), so that the chance of any false
@@ -222,11 +225,11 @@ def summarize(results: Iterable[TrialResult], task: Task) -> tuple[Group, ...]:
 
 
 def score(result: TrialResult) -> float | None:
-    """The validation metric that a trial is judged by: its mean over the last epoch, None where it diverged.
+    """The validation metric that a trial is judged by: its mean over the last epoch, None where it was not finished.
 
     A single evaluation jumps with every step at a large rate; the mean over an epoch's evaluations does so less.
     """
-    if result.diverged:
+    if result.diverged or result.pruned:
         return None
     begun = result.steps - max(1, result.steps // result.config.epochs)
     last = [evaluation.metric for evaluation in result.curve if evaluation.step > begun]
@@ -284,7 +287,9 @@ def _variant(
 
 
 def _rate(lr: float, trials: Sequence[TrialResult], task: Task, bar: float | None) -> RatePoint:
-    return RatePoint(lr, tuple(score(trial) for trial in trials), all(_learned(trial, task, bar) for trial in trials))
+    metric = tuple(score(trial) for trial in trials)
+    usable = all(_learned(trial, task, bar) for trial in trials)
+    return RatePoint(lr, metric, usable, sum(trial.pruned for trial in trials))
 
 
 def _learned(trial: TrialResult, task: Task, bar: float | None) -> bool:

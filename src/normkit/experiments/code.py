@@ -61,6 +61,13 @@ class Code(NamedTuple):
             digest.update(content.encode())
         return cls(f"python:{name}", "", pickled, digest.hexdigest())
 
+    def may_import(self, module: str) -> bool:
+        """Whether its file names this module; of an object that is not known, and assumed."""
+        path = Path(self.path)
+        if self.pickled is not None or not path.is_file():
+            return True
+        return module in path.read_text(errors="replace")
+
     def load(self, guard: Callable[[str], contextlib.AbstractContextManager[None]] | None = None) -> Any:
         """The object. `guard` is entered, with the name of the file, while the file runs.
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from normkit.core.catalog import CATALOG, check_position
 from normkit.errors import NormTypeError, NormValueError, message, nearest
 from normkit.experiments.conditions import AS_USUAL, Conditions
+from normkit.experiments.pruning import PRUNERS
 from normkit.frameworks import check_framework
 
 __all__ = [
@@ -183,6 +184,8 @@ class Config:
         target: value of the metric whose first crossing is timed; None takes 0.95 for accuracy, else nothing.
         framework: the framework that trains.
         conditions: what is changed about data and network, one set of them after the other; nothing by default.
+        pruner: what gives up trials that fall behind the other rates of their norm: `median` or `hyperband`; None does
+            not.
 
     Raises NormValueError or NormTypeError for anything that cannot be run.
     """
@@ -203,6 +206,7 @@ class Config:
     target: float | None = None
     framework: str = "torch"
     conditions: tuple[Conditions, ...] = (AS_USUAL,)
+    pruner: str | None = None
 
     def __post_init__(self) -> None:
         _check_functions(self)
@@ -234,6 +238,9 @@ class Config:
             self.check_model()
         _check_judging(self)
         _check_conditions(self)
+        if self.pruner is not None and self.pruner not in PRUNERS:
+            must = "`pruner` must be a known one"
+            raise NormValueError(message(must, repr(self.pruner), nearest(str(self.pruner), PRUNERS)))
 
     def check_model(self) -> None:
         """Raise NormValueError for what only a loop of the user's may be asked; whether it is one its file tells."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import warnings
 import zipfile
@@ -213,16 +214,26 @@ def scale(inputs: str, fitted: NDArray[Any], *others: NDArray[Any]) -> list[NDAr
 
 
 def _embedded(source: str) -> Dataset:
-    try:
-        import sklearn.datasets
-    except ImportError as error:
-        must = f"the data `{source}` needs scikit-learn, which is not installed"
-        raise MissingExtraError(message(must, hint="pip install 'normkit[lab]'")) from error
-    bunch = getattr(sklearn.datasets, f"load_{source}")()
-    x = (bunch.images[:, None] if source == "digits" else bunch.data).astype(np.float32)
-    y = bunch.target.astype(np.int64)
+    table = _table(source)
+    x, y = table[:, :-1].astype(np.float32), table[:, -1].astype(np.int64)
+    if source == "digits":
+        x = x.reshape(-1, 1, 8, 8)
     train, test = split(y, _EMBEDDED[source], _SPLIT_SEED)
     return Dataset(source, Part(x[train], y[train]), Part(x[test], y[test]), classes=int(y.max()) + 1)
+
+
+def _table(source: str) -> NDArray[np.float64]:
+    """A table that scikit-learn brings with it; the label is the last column.
+
+    Read without importing it, which takes a second or more, longer than small networks train.
+    """
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        must = f"the data `{source}` needs scikit-learn, which is not installed"
+        raise MissingExtraError(message(must, hint="pip install 'normkit[lab]'"))
+    folder = Path(found.origin).parent / "datasets" / "data"
+    name, heading = {"digits": ("digits.csv.gz", 0), "wine": ("wine_data.csv", 1)}[source]
+    return np.loadtxt(folder / name, delimiter=",", skiprows=heading)
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:

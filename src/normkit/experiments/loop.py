@@ -16,13 +16,13 @@ from normkit.experiments.code import call
 from normkit.experiments.config import GOALS, TrialConfig, Variant
 from normkit.experiments.memory import PeakMemory
 from normkit.experiments.protocol import Training
-from normkit.experiments.results import Evaluation, TrialResult
+from normkit.experiments.results import Evaluation, Stops, TrialResult, never
 
 __all__ = ["NormChoice", "Trial", "run_loop"]
 
 
-class _DivergedError(BaseException):
-    """Ends a loop that reported a value that is not finite; not an Exception, which loops catch."""
+class _EndedError(BaseException):
+    """Ends a loop whose report was not finite, or not good enough; not an Exception, which loops catch."""
 
 
 class NormChoice:
@@ -71,13 +71,14 @@ class Trial:
         epochs: passes over the data that the comparison asks for.
     """
 
-    def __init__(self, config: TrialConfig, norm: NormChoice, metric: str | None) -> None:
+    def __init__(self, config: TrialConfig, norm: NormChoice, metric: str | None, stops: Stops = never) -> None:
         self.norm, self.lr, self.batch_size = norm, config.lr, config.batch_size
         self.seed, self.epochs = config.seed, config.epochs
-        self._metric, self._started = metric, time.perf_counter()
+        self._metric, self._stops, self._started = metric, stops, time.perf_counter()
         self._inside = 0.0  # seconds spent in reports
         self._curve: list[Evaluation] = []
         self._diverged_at: int | None = None
+        self._pruned = False
 
     def report(self, step: int, **values: Any) -> None:
         """Say how training goes: `trial.report(step, loss=..., accuracy=...)`, a few times an epoch or once in each.
@@ -87,7 +88,8 @@ class Trial:
             values: numbers by name, tensors of one element too, measured on data that is not trained on. The metric
                 of the comparison must be among them; without `metric=` that is `accuracy`, a share, else `loss`.
 
-        A value that is not finite ends the trial, which is then recorded as diverged.
+        A value that is not finite ends the trial, which is then recorded as diverged; with a pruner of the comparison
+        so does one that falls behind, and the trial is recorded as pruned.
         Raises NormValueError or NormTypeError for anything else that cannot be used.
         """
         begun = time.perf_counter()
@@ -100,8 +102,11 @@ class Trial:
         name = self.metric_in(numbers_by_name)
         if not all(map(math.isfinite, numbers_by_name.values())):
             self._diverged_at = step
-            raise _DivergedError
+            raise _EndedError
         self._curve.append(Evaluation(step, seconds, numbers_by_name.get("loss"), numbers_by_name[name]))
+        self._pruned = self._stops(step, numbers_by_name[name])
+        if self._pruned:
+            raise _EndedError
         self._inside += time.perf_counter() - begun
 
     def metric_in(self, values: Mapping[str, float], said: str = "trial.report must be given") -> str:
@@ -121,7 +126,11 @@ class Trial:
 
 
 def run_loop(
-    config: TrialConfig, train: Callable[..., Any], metric: str | None, training: Callable[[], Training]
+    config: TrialConfig,
+    train: Callable[..., Any],
+    metric: str | None,
+    training: Callable[[], Training],
+    stops: Stops = never,
 ) -> TrialResult:
     """Run the user's `train(trial)` once.
 
@@ -131,14 +140,14 @@ def run_loop(
     variant = Variant.parse(config.norm)
     norm = NormChoice(config.norm, lambda: training().norm_factory(variant.name, variant.position, None))
     memory = PeakMemory()
-    trial = Trial(config, norm, metric)
+    trial = Trial(config, norm, metric, stops)
     label = config.model
     returned = None
-    with contextlib.suppress(_DivergedError):
+    with contextlib.suppress(_EndedError):
         returned = call(label, train, trial)
     peak, curve = memory.bytes(), tuple(trial._curve)
-    diverged = trial._diverged_at is not None
-    final = None if diverged or returned is None else _returned(trial, returned, label)
+    diverged, pruned = trial._diverged_at is not None, trial._pruned
+    final = None if diverged or pruned or returned is None else _returned(trial, returned, label)
     if final is not None and not math.isfinite(final):
         diverged = True
     if not curve and not diverged:
@@ -159,11 +168,12 @@ def run_loop(
         steps=steps,
         seconds=seconds,
         diverged=diverged,
-        final=None if diverged else curve[-1].metric if final is None else final,
+        final=None if diverged or pruned else curve[-1].metric if final is None else final,
         tested=final is not None,
         step_seconds=_step_seconds(curve),
         peak_memory=peak,
         versions=(),
+        pruned=pruned,
     )
 
 

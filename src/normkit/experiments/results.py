@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +14,27 @@ from numpy.typing import NDArray
 from normkit.experiments.conditions import Conditions
 from normkit.experiments.config import TrialConfig
 
-__all__ = ["Evaluation", "Gap", "LayerProbe", "Probe", "SiteStats", "Snapshot", "TrialResult", "packed", "unpacked"]
+__all__ = [
+    "Evaluation",
+    "Gap",
+    "LayerProbe",
+    "Probe",
+    "SiteStats",
+    "Snapshot",
+    "Stops",
+    "TrialResult",
+    "never",
+    "packed",
+    "unpacked",
+]
+
+
+Stops = Callable[[int, float], bool]  # whether a trial is to be given up, of a step and the metric there
+
+
+def never(step: int, metric: float) -> bool:  # noqa: ARG001
+    """What no pruner watches goes on to its end."""
+    return False
 
 
 class Evaluation(NamedTuple):
@@ -120,14 +141,14 @@ class TrialResult:
         config: what was trained.
         metric: name of the metric it is judged by: `accuracy`, `loss`, or the user's.
         curve: validation, from step 0 about a fifth of an epoch apart (a loop of the user's: as reported); ends early
-            where the trial diverged.
+            where the trial diverged or was pruned.
         train_losses: mean loss over the steps of each complete epoch; empty for a loop of the user's.
         steps: steps that were taken.
         seconds: time in those steps, evaluation and compilation left out; of a loop of the user's all the time outside
             its reports.
         diverged: whether a loss or metric was not finite; training stopped there.
         final: the metric on the test part after training; of a loop what it returned, or else its last report. None
-            where it diverged.
+            where it diverged or was pruned.
         tested: whether `final` comes from data that did not choose the rate.
         examples: the metric of each test example, packed (see :func:`packed`), None where it is not known.
         gap: training against evaluation mode, None where it is not known.
@@ -136,6 +157,7 @@ class TrialResult:
         snapshots: the inputs of the activations at initialization and after each epoch.
         versions: names and versions of what trained.
         probes: the loss around the network at some steps, where the conditions ask for it.
+        pruned: whether a pruner ended it, which saw it fall behind other rates of its norm.
     """
 
     config: TrialConfig
@@ -154,6 +176,7 @@ class TrialResult:
     snapshots: tuple[Snapshot, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
     probes: tuple[Probe, ...] = ()
+    pruned: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, strict: what is not finite becomes None."""

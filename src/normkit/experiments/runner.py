@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import queue
+import random
 import subprocess
 import threading
 import time
@@ -18,23 +19,17 @@ from typing import IO, Any
 import normkit.errors
 from normkit.errors import NormError, NormRuntimeError, message
 from normkit.experiments.config import TrialConfig
+from normkit.experiments.devices import environment
 from normkit.experiments.results import TrialResult
 from normkit.experiments.session import Job, Plan
 from normkit.experiments.store import Store
-from normkit.experiments.worker import PLAN, Failure
+from normkit.experiments.worker import PLAN, Failure, Report, Watched
 from normkit.processes import ended, interpreter
 
-__all__ = ["Crew", "cores", "run_trials"]
+__all__ = ["Crew", "run_trials", "take_trials"]
 
 _PLANNING = "reading the question"  # what a worker was asked, in an error
 _POLL = 1.0  # seconds between looks at what others do
-
-
-def cores() -> int:
-    """Number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Crew:
@@ -42,15 +37,17 @@ class Crew:
 
     Args:
         job: the question; replaced by the complete one once it is planned.
-        size: how many; each is started when it is first asked something.
+        size: how many, may be set until trials are run; each is started when it is first asked something.
         log: where the workers' own output goes, None for standard error.
+        devices: GPUs to spread the workers over; each sees one.
     """
 
-    def __init__(self, job: Job, size: int, log: Path | None = None) -> None:
-        self.job, self.size = job, size
+    def __init__(self, job: Job, size: int, log: Path | None = None, devices: tuple[str, ...] = ()) -> None:
+        self.job, self.size, self._devices = job, size, devices
         self._log_path, self._log = log, log.open("ab") if log else None
         self._answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self._workers: dict[int, _Worker] = {}
+        self.judge: Callable[[int, Report], bool] = lambda *_: False
 
     def __enter__(self) -> Crew:
         return self
@@ -68,9 +65,13 @@ class Crew:
                 if self._log_path.stat().st_size == 0:
                     self._log_path.unlink()
 
-    def plan(self) -> Plan:
-        """Let the first worker make the question complete. Raises what it found to be wrong with it."""
+    def plan(self, meanwhile: Callable[[], None] = lambda: None) -> Plan:
+        """Let the first worker make the question complete. Raises what it found to be wrong with it.
+
+        `meanwhile` is called here while the worker starts.
+        """
         self.ask(0, PLAN, _PLANNING)
+        meanwhile()
         while (answered := self.answer()) is None:
             pass
         plan: Plan = answered[1]
@@ -80,8 +81,12 @@ class Crew:
     def ask(self, number: int, question: Any, what: str) -> None:
         """Give a worker a question; `what` names it in an error."""
         if number not in self._workers:
-            self._workers[number] = _Worker(number, self.job, self._answers, self._log)
+            here = environment(self._devices, number)
+            self._workers[number] = _Worker(number, self.job, self._answers, self._log, here, self._judged)
         self._workers[number].questions.put((question, what))
+
+    def _judged(self, number: int, report: Report) -> bool:
+        return self.judge(number, report)
 
     def answer(self) -> tuple[int, Any] | None:
         """The number of the next worker that has answered, with its answer; None after a second without one.
@@ -101,18 +106,26 @@ class Crew:
 class _Worker:
     """One process and the thread that talks to it."""
 
-    def __init__(self, number: int, job: Job, answers: queue.SimpleQueue[Any], log: IO[bytes] | None) -> None:
+    def __init__(
+        self,
+        number: int,
+        job: Job,
+        answers: queue.SimpleQueue[Any],
+        log: IO[bytes] | None,
+        env: dict[str, str],
+        judge: Callable[[int, Report], bool],
+    ) -> None:
         # One thread per worker, also for libraries that read the environment when they are loaded.
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             interpreter("normkit.experiments.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=env,
+            env={**os.environ, **threads, **env},
         )
         self.questions: queue.SimpleQueue[tuple[Any, str] | None] = queue.SimpleQueue()
-        self._number, self._answers = number, answers
+        self._number, self._answers, self._judge = number, answers, judge
         self._thread = threading.Thread(target=self._talk, args=(pickle.dumps(job),), daemon=True)
         self._thread.start()
 
@@ -136,7 +149,9 @@ class _Worker:
                 self.process.stdin.write(said + pickle.dumps(question))
                 self.process.stdin.flush()
                 said = b""
-                answer = pickle.load(self.process.stdout)
+                while isinstance(answer := pickle.load(self.process.stdout), Report):
+                    self.process.stdin.write(pickle.dumps(self._judge(self._number, answer)))
+                    self.process.stdin.flush()
                 if isinstance(answer, Failure):
                     answer = _failed(answer, what)
             except (OSError, EOFError, pickle.UnpicklingError):
@@ -152,20 +167,37 @@ def run_trials(
     store: Store,
     done: Callable[[TrialResult | None, int], None],
 ) -> dict[str, TrialResult]:
-    """Run what is not finished yet, and return the results of all by their keys.
+    """Run what is not finished yet, and return the results of all by their keys; see :func:`take_trials`."""
+    take_trials(configs, crew, store, done)
+    return store.finished({config.key() for config in configs})
+
+
+def take_trials(
+    configs: Sequence[TrialConfig],
+    crew: Crew,
+    store: Store,
+    done: Callable[[TrialResult | None, int], None],
+    *,
+    stay: bool = True,
+) -> None:
+    """Run what is not finished yet.
 
     `done` is called in this thread with every result that was trained here, and with None for one that another process
     finished meanwhile; its second argument is the number of finished trials. What another living process works on is
-    waited for, and taken over if that process ends. The first failing trial or dying worker ends the run with an
-    error; finished trials stay in the store.
+    waited for, and taken over if that process ends; without `stay` it is left to the others. The first failing trial or
+    dying worker ends the run with an error; finished trials stay in the store.
     """
     wanted = {config.key(): config for config in configs}
     finished = store.finished_keys() & wanted.keys()
     todo = deque(config for key, config in wanted.items() if key not in finished)
+    if not stay:
+        random.shuffle(todo)  # all machines in one order would claim the same trials, and lose most claims
     waiting: dict[str, TrialConfig] = {}
     idle, busy = list(range(crew.size))[::-1], dict[int, tuple[int, TrialConfig]]()
     looked = time.monotonic()
-    while todo or waiting or busy:
+    watched = crew.job.config.pruner is not None
+    crew.judge = lambda number, report: store.stops(busy[number][0], *report)
+    while todo or busy or (waiting and stay):
         while idle and todo:
             config = todo.popleft()
             claim = store.claim(config)
@@ -174,7 +206,7 @@ def run_trials(
                 continue
             number = idle.pop()
             busy[number] = claim, config
-            crew.ask(number, config, f"training {config}")
+            crew.ask(number, Watched(config) if watched else config, f"training {config}")
         answered = None
         if busy:
             answered = crew.answer()
@@ -195,7 +227,6 @@ def run_trials(
                 done(None, len(finished))
             for key in waiting.keys() - store.claimed_elsewhere().keys():
                 todo.append(waiting.pop(key))
-    return store.finished(wanted.keys())
 
 
 def _dead(process: subprocess.Popen[bytes], what: str) -> NormRuntimeError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +23,9 @@ from normkit.experiments.data import DEFAULT_DATA, Dataset
 from normkit.experiments.feeds import ArrayFeed, DatasetFeed, Feed, feed_for
 from normkit.experiments.loop import run_loop
 from normkit.experiments.protocol import Training, training
-from normkit.experiments.results import TrialResult
+from normkit.experiments.results import Stops, TrialResult, never
 from normkit.experiments.trial import Recipe, run_trial, seed_everything, trainer_for
+from normkit.frameworks import FRAMEWORKS
 
 __all__ = ["Job", "Plan", "Session"]
 
@@ -101,13 +103,21 @@ class Session:
                 self.job = self.job._replace(config=config, data=None)
         return self._plan_loop() if config.run else self._plan_model()
 
-    def run(self, config: TrialConfig) -> TrialResult:
-        """One trial."""
+    def run(self, config: TrialConfig, stops: Stops = never) -> TrialResult:
+        """One trial; `stops` is asked after every evaluation whether it is to be given up."""
         asked = self.job.config
         if asked.run:
-            seed_everything(config.seed, self.training if self._framework_is_there() else None)
-            return run_loop(config, self._function("run"), asked.metric, lambda: self.training)
-        return run_trial(config, self._recipe(), self._fed_under(config.conditions), self.training)
+            train = self._function("run")
+            seeded = self._framework_is_there()
+            result = self._looped(config, train, seeded, stops)
+            # A loop that loaded the framework only now did so with random numbers that no seed had set.
+            again = not seeded and self._framework_is_there()
+            return self._looped(config, train, True, stops) if again else result
+        return run_trial(config, self._recipe(), self._fed_under(config.conditions), self.training, stops)
+
+    def _looped(self, config: TrialConfig, train: Any, seeded: bool, stops: Stops) -> TrialResult:
+        seed_everything(config.seed, self.training if seeded else None)
+        return run_loop(config, train, self.job.config.metric, lambda: self.training, stops)
 
     def _plan_loop(self) -> Plan:
         config = self.job.config
@@ -258,8 +268,9 @@ class Session:
 
     def _loaded(self, text: str) -> Any:
         if text not in self._values:
-            guard = self.training.no_training if self._framework_is_there() else None
-            self._values[text] = self.job.code[text].load(guard)
+            code = self.job.code[text]
+            guarded = code.may_import(_module(self.job.config.framework)) and self._framework_is_there(load=True)
+            self._values[text] = code.load(self.training.no_training if guarded else None)
         return self._values[text]
 
     def _fingerprint(self) -> str:
@@ -291,13 +302,22 @@ class Session:
             self._under[conditions] = feed.under(conditions)
         return self._under[conditions]
 
-    def _framework_is_there(self) -> bool:
+    def _framework_is_there(self, *, load: bool = False) -> bool:
+        """Whether it is loaded; `load` tries to. A loop of the user's may do without it, or use another one."""
+        config = self.job.config
+        if config.run and not load and _module(config.framework) not in sys.modules:
+            return False
         try:
             return self.training is not None
         except ImportError:
-            if self.job.config.run:
+            if config.run:
                 return False
             raise
+
+
+def _module(framework: str) -> str:
+    """The package that is imported for it."""
+    return FRAMEWORKS[framework].partition(".")[0]
 
 
 def _target(config: Config, metric: str) -> float | None:

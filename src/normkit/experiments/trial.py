@@ -17,7 +17,7 @@ from normkit.experiments.feeds import Feed, epoch_seed
 from normkit.experiments.landscape import Probing
 from normkit.experiments.memory import PeakMemory
 from normkit.experiments.protocol import Batch, RecalibratingTrainer, Scores, Setup, Trainer, Training
-from normkit.experiments.results import Evaluation, Gap, Snapshot, TrialResult, packed
+from normkit.experiments.results import Evaluation, Gap, Snapshot, Stops, TrialResult, never, packed
 from normkit.experiments.sites import Sites
 
 __all__ = ["Recipe", "run_trial", "seed_everything", "trainer_for"]
@@ -69,8 +69,11 @@ def trainer_for(config: TrialConfig, recipe: Recipe, feed: Feed, training: Train
     )
 
 
-def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Training) -> TrialResult:
-    """Train once. A loss that is not finite ends the trial, which is then recorded as diverged."""
+def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Training, stops: Stops = never) -> TrialResult:
+    """Train once. A loss that is not finite ends the trial, which is then recorded as diverged.
+
+    `stops` may end it after every evaluation but the last; it is then recorded as pruned.
+    """
     seed_everything(config.seed, training)
     memory = PeakMemory()
     trainer = trainer_for(config, recipe, feed, training)
@@ -85,9 +88,9 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
     times: list[float] = []
     probing = Probing(config.conditions.landscape, config.epochs * per_epoch, config.lr, looked_at)
     prepared: set[Any] = set()
-    diverged = not _finite(curve[0])
+    diverged, pruned = not _finite(curve[0]), False
     for epoch in range(config.epochs):
-        if diverged:
+        if diverged or pruned:
             break
         seed_everything(epoch_seed(config.seed, epoch), training)
         losses: list[float] = []
@@ -108,15 +111,18 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
                 diverged = not _finite(evaluation)
                 if not diverged:
                     curve.append(evaluation)
-            if diverged:
+                    last = len(times) == per_epoch * config.epochs
+                    pruned = not last and stops(evaluation.step, evaluation.metric)
+            if diverged or pruned:
                 break
-        if not diverged:
+        if not diverged and len(losses) == per_epoch:
             train_losses.append(statistics.fmean(losses))
             snapshots.append(Snapshot(len(times), sites.measure(trainer.probe(looked_at))))
     peak_memory = memory.bytes()
-    if not diverged:
+    whole = not (diverged or pruned)
+    if whole:
         _take_population(trainer, feed, config)
-    test = None if diverged else trainer.evaluate(feed.test(config.inputs))
+    test = trainer.evaluate(feed.test(config.inputs)) if whole else None
     return TrialResult(
         config=config,
         metric=recipe.metric_name,
@@ -124,16 +130,17 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
         train_losses=tuple(train_losses),
         steps=len(times),
         seconds=sum(times),
-        diverged=diverged or test is None or not math.isfinite(test.metric),
+        diverged=diverged or (test is not None and not math.isfinite(test.metric)),
         final=test.metric if test is not None and math.isfinite(test.metric) else None,
         examples=packed(test.examples) if test is not None and test.examples is not None else None,
-        gap=None if diverged else _gap(trainer, feed, config),
+        gap=_gap(trainer, feed, config) if whole else None,
         step_seconds=statistics.median(times) if times else None,
         peak_memory=peak_memory,
         snapshots=tuple(snapshots),
         tested=feed.tested,
         versions=tuple(training.versions().items()),
         probes=tuple(probing.probes),
+        pruned=pruned,
     )
 
 

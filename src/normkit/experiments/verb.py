@@ -14,16 +14,19 @@ from normkit.experiments.code import Code, refuse_when_imported, takes
 from normkit.experiments.comparison import Comparison
 from normkit.experiments.conditions import Conditions
 from normkit.experiments.config import GOALS, Config, Task, is_reference
+from normkit.experiments.connection import import_optuna
 from normkit.experiments.data import DEFAULT_DATA, Dataset, from_arrays, is_arrays, load
+from normkit.experiments.devices import cores, crew_size, gpus, may_use
 from normkit.experiments.progress import NoProgress, Progress, progress
+from normkit.experiments.questions import Question
 from normkit.experiments.results import TrialResult
-from normkit.experiments.runner import Crew, cores, run_trials
+from normkit.experiments.runner import Crew, run_trials
 from normkit.experiments.session import Job, Plan
 from normkit.experiments.store import Store
 from normkit.files import OutputFolder
 from normkit.kernels import instruction_sets
 
-__all__ = ["compare"]
+__all__ = ["checked_workers", "compare"]
 
 TRIALS, LOG = "trials.db", "output.log"  # in the output folder
 _DEFAULT = Config()
@@ -47,6 +50,7 @@ def compare(
     target: float | None = None,
     framework: str = _DEFAULT.framework,
     conditions: Sequence[Conditions | Mapping[str, Any]] = _DEFAULT.conditions,
+    pruner: str | None = _DEFAULT.pruner,
     workers: int | None = None,
     storage: str | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -91,9 +95,13 @@ def compare(
         conditions: what is changed about data and network for all variants, one set of conditions after the other:
             `[{}, {"label_noise": 0.3}]` compares on clean labels and on noisy ones (see
             :class:`normkit.experiments.conditions.Conditions`).
-        workers: processes, one thread each; by default one per core.
+        pruner: `median` or `hyperband` of Optuna give up trials that fall behind the other rates of their norm, to save
+            time; None trains all to the end. A rate of which a seed was pruned has lost: it is not the best one, and
+            does not count as working.
+        workers: processes, one thread each; by default one per core, or one per GPU where there are several and what
+            trains may use them (a loop, Keras, NNX).
         storage: where trials are kept, a storage URL of Optuna; by default `trials.db` in `out`. With neither nothing
-            is kept.
+            is kept. On a database server, `normkit worker` lets other machines help.
         out: folder for `report.html`, `results.json` and the figures; None writes nothing.
         command: how this was started, for the report.
         show_progress: tell about progress on standard error.
@@ -129,16 +137,22 @@ def compare(
         target=target,
         framework=framework,
         conditions=conditions,  # type: ignore[arg-type]
+        pruner=pruner,
     )
-    workers = _checked_workers(workers)
+    workers = checked_workers(workers)
     teller: Progress = progress() if show_progress else NoProgress()
     if out is None:
         return _run(config, arrays, code, workers, storage, None, command, teller)
     from normkit.report import render  # what the report needs must be there before the training, not after
 
     render.require()
+
+    def load_tools() -> None:
+        import_optuna()
+        render.load()
+
     with OutputFolder(out) as folder:
-        comparison = _run(config, arrays, code, workers, storage, folder, command, teller)
+        comparison = _run(config, arrays, code, workers, storage, folder, command, teller, load_tools)
         comparison.save(out)
     return comparison
 
@@ -147,21 +161,28 @@ def _run(
     config: Config,
     arrays: Dataset | None,
     code: dict[str, Code],
-    workers: int,
+    workers: int | None,
     storage: str | None,
     out: Path | None,
     command: str | None,
     teller: Progress,
+    meanwhile: Callable[[], None] = import_optuna,
 ) -> Comparison:
     begun = time.perf_counter()
     data = arrays
     if data is None and not config.run and config.data not in code:
         data = load(config.data or DEFAULT_DATA, config.loss)
     job = Job(config, data, code)
-    with Crew(job, workers, out / LOG if out else None) as crew:
-        plan = crew.plan()
-        store = _store(plan, storage, out)
-        with store:
+    # What is named as a model may turn out to be a loop.
+    devices = gpus() if may_use(config) or config.model in code else ()
+    with Crew(job, 1, out / LOG if out else None, devices) as crew:
+        plan = crew.plan(meanwhile)
+        crew.size = crew_size(workers, plan.job.config, devices)
+        url = storage or (f"sqlite:///{(out / TRIALS).absolute()}" if out else None)
+        with Store.of(plan.job.config, url, out) as store:
+            if url is not None:
+                question = Question.of(plan)
+                store.describe(question.name, question.to_dict())
             results, trained = _trained(plan, crew, store, teller)
     task = plan.task or _task_of(plan.job.config, results)
     return Comparison(
@@ -169,16 +190,9 @@ def _run(
         task=task,
         data=plan.data,
         trials=tuple(results),
-        environment=_environment(plan, min(workers, len(results)), trained, storage, command, begun),
+        environment=_environment(plan, min(crew.size, len(results)), trained, storage, command, begun),
         notes=(*plan.notes, *_notes(results)),
     )
-
-
-def _store(plan: Plan, storage: str | None, out: Path | None) -> Store:
-    config = plan.job.config
-    goal = config.goal or GOALS.get(config.metric or "", "max")
-    url = storage or (f"sqlite:///{(out / TRIALS).absolute()}" if out else None)
-    return Store(f"normkit {config.subject}", goal, url, out)
 
 
 def _trained(plan: Plan, crew: Crew, store: Store, teller: Progress) -> tuple[list[TrialResult], int]:
@@ -264,9 +278,10 @@ def _data(value: Any, loss: str | None, code: dict[str, Code]) -> tuple[str | No
     return _text(value, code), None
 
 
-def _checked_workers(workers: int | None) -> int:
+def checked_workers(workers: int | None) -> int | None:
+    """A number of processes; None leaves it to the machine. Raises NormTypeError or NormValueError."""
     if workers is None:
-        return cores()
+        return None
     if isinstance(workers, bool) or not isinstance(workers, int):
         raise NormTypeError(message("`workers` must be a whole number", repr(workers)))
     if workers < 1:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from normkit.errors import NormError
+from normkit.experiments.config import TrialConfig
 from normkit.experiments.session import Job, Session
 from normkit.processes import serve
 
-__all__ = ["PLAN", "Failure", "main"]
+__all__ = ["PLAN", "Failure", "Report", "Watched", "main"]
 
 PLAN = "plan"
 
@@ -27,12 +28,28 @@ class Failure(NamedTuple):
     trace: str | None
 
 
+class Report(NamedTuple):
+    """What a worker says in the middle of a trial; the parent answers whether the trial has to stop."""
+
+    step: int
+    metric: float
+
+
+class Watched(NamedTuple):
+    """A trial that reports on its way."""
+
+    config: TrialConfig
+
+
 def main() -> None:
-    """Serve one parent: a Job comes first, PLAN is answered with its plan, a TrialConfig with its result."""
+    """Serve one parent: a Job comes first, PLAN is answered with its plan, a TrialConfig with its result.
+
+    A Watched trial asks with a Report after every evaluation.
+    """
     serve(_begin)
 
 
-def _begin(job: Job) -> Callable[[Any], Any]:
+def _begin(job: Job, ask: Callable[[Any], Any]) -> Callable[[Any], Any]:
     session: Session | None = None
 
     def answer(question: Any) -> Any:
@@ -42,7 +59,11 @@ def _begin(job: Job) -> Callable[[Any], Any]:
             if not isinstance(made, Session):
                 return made
             session = made
-        return _answer(session.plan) if question == PLAN else _answer(session.run, question)
+        if question == PLAN:
+            return _answer(session.plan)
+        if isinstance(question, Watched):
+            return _answer(session.run, question.config, lambda step, metric: bool(ask(Report(step, metric))))
+        return _answer(session.run, question)
 
     return answer
 

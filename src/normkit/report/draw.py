@@ -7,6 +7,7 @@ them: `[x, y, label]` each, in the units of the picture.
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import json
@@ -73,10 +74,19 @@ class _Colors:
 
 def svg(figure: Drawable, name: str) -> str:
     """An SVG element; `name` must differ between the figures of one page."""
-    with matplotlib.rc_context({**_style(_PLACEHOLDERS), "svg.hashsalt": name}):
+    drawn = _svg(figure)
+    # All figures of a page share one space of ids. The first tag has none, and holds labels.
+    head, tag, body = drawn.partition(">")
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    return head + tag + re.sub(r'(url\(|href=")#', rf"\1#{name}-", body)
+
+
+@functools.lru_cache(maxsize=64)  # the figures of a comparison, which the page shows and which become files
+def _svg(figure: Drawable) -> str:
+    with matplotlib.rc_context({**_style(_PLACEHOLDERS), "svg.hashsalt": "normkit"}):
         drawing = _drawn(figure, _Colors(_PLACEHOLDERS))
         FigureCanvasSVG(drawing.canvas)
-        return _inline(drawing, name)
+        return _inline(drawing)
 
 
 def png(figure: Drawable) -> bytes:
@@ -197,11 +207,18 @@ def _rate_range(figure: RateRange, colors: _Colors) -> _Drawing:
         axes.plot(line.lrs, scale * mean, color=color, linestyle=_dashes(line.pen), marker="o", markersize=3.2)
         usable = [lane if usable else math.nan for usable in line.usable]
         foot.plot(line.lrs, usable, color=color, linewidth=3, marker="o", markersize=5, solid_capstyle="round")
-        for lr, lost, works in zip(line.lrs, line.diverged, line.usable, strict=True):
+        for lr, lost, pruned, works in zip(line.lrs, line.diverged, line.pruned, line.usable, strict=True):
             if not works:
                 marker = "x" if lost else "o"
                 foot.plot([lr], [lane], marker, color=color, markersize=4.5, markeredgewidth=1.3, fillstyle="none")
-            said = f"{lost} of its seeds diverged" if lost else "works" if works else "trained, but did not learn"
+            said = "works" if works else "trained, but did not learn"
+            if lost or pruned:
+                parts = (
+                    f"{number} of its seeds {what}"
+                    for number, what in ((lost, "diverged"), (pruned, "pruned"))
+                    if number
+                )
+                said = ", ".join(parts)
             points.append(_Point(foot, lr, lane, f"{line.norm}, rate {lr:g}: {said}"))
         for lr, *three in zip(line.lrs, mean, low, high, strict=True):
             points.append(_Point(axes, lr, scale * three[0], f"{line.norm}, rate {lr:g}: {_ranged(task, *three)}"))
@@ -441,7 +458,7 @@ def _finite(numbers: Iterable[float]) -> list[float]:
     return [number if math.isfinite(number) else math.nan for number in numbers]
 
 
-def _inline(drawing: _Drawing, name: str) -> str:
+def _inline(drawing: _Drawing) -> str:
     """What matplotlib writes, without what a page gives or does not need."""
     canvas = drawing.canvas
     canvas.patch.set_visible(False)
@@ -457,9 +474,6 @@ def _inline(drawing: _Drawing, name: str) -> str:
     for variable, color in _PLACEHOLDERS.items():
         svg = svg.replace(color, f"var(--{variable})")
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)  # the family comes from the page
-    # All figures of a page share one space of ids.
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     # Hundredths of a point are enough, in drawings; labels are text and stay.
     svg = re.sub(r'\b(d|x|y|transform)="[^"]+"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), svg)

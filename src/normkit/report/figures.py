@@ -77,6 +77,7 @@ class Rate(NamedTuple):
     low: tuple[float | None, ...]
     high: tuple[float | None, ...]
     diverged: tuple[int, ...]  # seeds that diverged at each rate
+    pruned: tuple[int, ...]  # seeds that were pruned
     usable: tuple[bool, ...]
 
 
@@ -266,7 +267,7 @@ def _curve(variant: VariantSummary, pen: Pen) -> Curve:
 
 
 def _rate(variant: VariantSummary, pen: Pen) -> Rate:
-    complete = [None if rate.diverged else [m for m in rate.metric if m is not None] for rate in variant.rates]
+    complete = [None if None in rate.metric else [m for m in rate.metric if m is not None] for rate in variant.rates]
     return Rate(
         variant.norm,
         pen,
@@ -275,6 +276,7 @@ def _rate(variant: VariantSummary, pen: Pen) -> Rate:
         tuple(None if values is None else min(values) for values in complete),
         tuple(None if values is None else max(values) for values in complete),
         tuple(rate.diverged for rate in variant.rates),
+        tuple(rate.pruned for rate in variant.rates),
         tuple(rate.usable for rate in variant.rates),
     )
 

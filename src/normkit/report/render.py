@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from normkit.experiments.comparison import Comparison
     from normkit.report.draw import Drawable
 
-__all__ = ["figures_of", "fragment", "page", "pictures", "require"]
+__all__ = ["figures_of", "fragment", "load", "page", "pictures", "require"]
 
 _SIZE = 490_000  # bytes of a page
 _AROUND = 1_200  # of the heading and explanation of a figure
@@ -34,6 +34,11 @@ class _Section:
 def require() -> None:
     """Raise MissingExtraError where a package that the report needs is not installed."""
     look.require("jinja2", "matplotlib")
+
+
+def load() -> None:
+    """Load what draws, while there is time: a part of a second."""
+    from normkit.report import draw  # noqa: F401
 
 
 def page(comparison: Comparison) -> str:

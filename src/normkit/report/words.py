@@ -40,7 +40,6 @@ __all__ = [
 _WIDTH = 120  # characters of a line in the terminal
 _ENOUGH = 5  # seeds: fewer are a screening
 _UNKNOWN = "-"
-_LOST = "diverged at every rate in at least one seed"
 
 
 class Table(NamedTuple):
@@ -160,24 +159,30 @@ def finding(comparison: Comparison, group: Group) -> str:
     able = sorted((v for v in group.variants if v.best_lr is not None), key=lambda v: _order(v, task))
     others = [variant for variant in able if variant is not base]
     if len(group.variants) == 1:
-        measured = _measured(comparison, base) if able else _LOST
+        measured = _measured(comparison, base) if able else _lost(comparison)
         return f"{base.variant.words}: {measured}; nothing to compare it with."
     if not able:
-        return f"every variant {_LOST}: try smaller rates."
+        return f"every variant {_lost(comparison)}: try smaller rates."
     if base.best_lr is None:
         first, lead = others[0], ""
         if len(others) > 1:
             best = "fewest steps" if first.all_reached else f"best {validation_name(comparison)}"
             lead = f"{_norms(others)} did not; {best} with "
-        return f"{base.variant.words} {_LOST}; {lead}{first.variant.words}: {_measured(comparison, first)}."
+        return f"{base.variant.words} {_lost(comparison)}; {lead}{first.variant.words}: {_measured(comparison, first)}."
     if not others:
-        return f"use {base.norm}: every other variant {_LOST}; {base.variant.words}: {_measured(comparison, base)}."
+        kept = f"{base.variant.words}: {_measured(comparison, base)}"
+        return f"use {base.norm}: every other variant {_lost(comparison)}; {kept}."
     if all(difference.p is None for difference in group.against_baseline):
         return _undecided(comparison, base, able)
     best_ones = recommended(group, task)
     if best_ones:
         return _recommendation(comparison, group, best_ones)
     return _no_help(comparison, group, others)
+
+
+def _lost(comparison: Comparison) -> str:
+    pruned = " or was pruned" if comparison.config.pruner else ""
+    return f"diverged{pruned} at every rate in at least one seed"
 
 
 def caveats(comparison: Comparison) -> list[str]:
@@ -199,6 +204,12 @@ def caveats(comparison: Comparison) -> list[str]:
         said.append(
             f"no test value was returned: the last report stands for it, so the {comparison.task.metric} that chose "
             "the rate is also the one reported, which flatters every variant."
+        )
+    if comparison.config.pruner:
+        pruned, every = sum(trial.pruned for trial in comparison.trials), len(comparison.trials)
+        said.append(
+            f"{pruned} of {every} trials were pruned ({comparison.config.pruner}), having fallen behind other rates of "
+            "their norm: those rates have lost, and whether they work is not known."
         )
     return said
 
@@ -303,7 +314,7 @@ def _worse(comparison: Comparison, group: Group) -> list[str]:
             found.append(f"{variant.norm} ({', '.join(named[difference.quantity] for difference in against)})")
     parts = [f"worse beyond chance than {group.baseline.variant.words}: {', '.join(found)}"] if found else []
     lost = [variant for variant in group.variants if variant.best_lr is None]
-    return [*parts, f"{_norms(lost)} {_LOST}"] if lost else parts
+    return [*parts, f"{_norms(lost)} {_lost(comparison)}"] if lost else parts
 
 
 def _verdict(group: Group, variant: VariantSummary, task: Task) -> tuple[list[Difference], list[Difference]]:
@@ -366,7 +377,7 @@ def table(comparison: Comparison, group: Group, *, whole: bool = False) -> Table
     to = f"to {target(task)}" if task.target is not None else ""
     columns: list[tuple[str, str, Callable[[VariantSummary], str]]] = [
         ("norm", "norm", lambda v: v.norm),
-        ("rate", "best rate", lambda v: "diverged" if v.best_lr is None else f"{v.best_lr:g}"),
+        ("rate", "best rate", lambda v: _none_whole(v) if v.best_lr is None else f"{v.best_lr:g}"),
         ("steps", f"steps {to}", _steps_cell),
         ("seconds", f"seconds {to}", lambda v: _UNKNOWN if v.mean_seconds is None else _seconds(v.mean_seconds)),
         ("step", "ms per step", lambda v: _scaled(v.seconds_per_step, 1000)),
@@ -393,6 +404,10 @@ def table(comparison: Comparison, group: Group, *, whole: bool = False) -> Table
     return Table(setting(comparison, group), keys, headings, tuple(zip(*cells, strict=True)))
 
 
+def _none_whole(variant: VariantSummary) -> str:
+    return "pruned" if any(rate.pruned for rate in variant.rates) else "diverged"
+
+
 def by_batch_size(comparison: Comparison) -> list[Table]:
     """Where there are several batch sizes: the final metric and the steps to the target, a column per batch size."""
     by_inputs: dict[str, list[Group]] = {}
@@ -413,7 +428,7 @@ def by_batch_size(comparison: Comparison) -> list[Table]:
             title = f"{what}, by batch size" + (f" ({inputs})" if inputs else "")
             sizes = tuple(str(group.setting.batch_size) for group in groups)
             rows = [
-                (variants[0].norm, *("diverged" if v.best_lr is None else cell(v) for v in variants))
+                (variants[0].norm, *(_none_whole(v) if v.best_lr is None else cell(v) for v in variants))
                 for variants in zip(*(group.variants for group in groups), strict=True)
             ]
             tables.append(Table(title, ("norm", *sizes), ("norm", *sizes), tuple(rows)))
