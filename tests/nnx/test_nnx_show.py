@@ -1,32 +1,35 @@
-"""`normkit.show` of layers of Flax NNX, stock and ours."""
+"""`normkit.show` of the further layers of NNX: what is shown is what they compute."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from nnx_required import jnp, nnx
+from flax import nnx
 
 import normkit
-from normkit import nnx as ours
+import normkit.nnx as nk
 
-X = np.random.default_rng(0).normal(1, 2, (3, 2, 2, 4)).astype(np.float32)
-FIRST = np.moveaxis(X, -1, 1)
-
-
-def test_a_layer_computes_what_is_shown():
-    layer = ours.BatchNorm(4, momentum=0.9, debiased=True, rngs=nnx.Rngs(0))
-    seen = normkit.show(layer, jnp.asarray(X))
-    y = layer(jnp.asarray(X))
-    np.testing.assert_allclose(seen.y, np.moveaxis(y, -1, 1), rtol=1e-5, atol=1e-5)  # the layer computes in float32
-    for one in seen.walk.kept:
-        np.testing.assert_allclose(one.after, getattr(layer, one.name).get_value(), rtol=1e-5, atol=1e-5)
+IMAGE = (3, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
-    ("layer", "name", "x"),
+    ("make", "shape"),
     [
-        (lambda: nnx.BatchNorm(4, epsilon=1e-5, momentum=0.9, rngs=nnx.Rngs(0)), "batch", FIRST),
-        (lambda: nnx.LayerNorm(4, epsilon=1e-5, rngs=nnx.Rngs(0)), "layer", X),
-        (lambda: nnx.GroupNorm(4, num_groups=2, epsilon=1e-5, rngs=nnx.Rngs(0)), "group", FIRST),
+        (lambda: nk.FilterResponseNorm(4, learn_epsilon=True, rngs=nnx.Rngs(0)), IMAGE),
+        (lambda: nk.EvoNormB0(4, momentum=0.7, rngs=nnx.Rngs(0)), IMAGE),
+        (lambda: nk.EvoNormS0(4, groups=2, rngs=nnx.Rngs(0)), IMAGE),
+        (lambda: nk.DynamicTanh(4, rngs=nnx.Rngs(0)), (3, 4)),
+        (lambda: nk.GlobalResponseNorm(4, rngs=nnx.Rngs(0)), IMAGE),
     ],
+    ids=["frn", "evonorm_b0", "evonorm_s0", "dyt", "grn"],
 )
-def test_a_layer_is_what_its_name_says(layer, name, x):
-    np.testing.assert_allclose(normkit.show(layer(), X).y, normkit.show(name, x).y, rtol=1e-12)
+def test_a_further_layer_computes_what_is_shown(make, shape):
+    rng, layer = np.random.default_rng(0), make()
+    for name in ("scale", "bias", "v", "tau"):
+        if hasattr(layer, name):
+            getattr(layer, name)[...] = jnp.asarray(rng.normal(1, 0.5, 4), jnp.float32)
+    x = rng.normal(1, 1, shape).astype(np.float32)
+    seen = normkit.show(layer, x)
+    y = np.asarray(layer(jnp.asarray(x)))
+    np.testing.assert_allclose(np.moveaxis(seen.y, 1, -1), y, rtol=1e-4, atol=1e-5)  # float32, of values near 1
+    for one in seen.walk.kept:
+        np.testing.assert_allclose(one.after, np.asarray(layer.var[...]), rtol=1e-5)

@@ -141,6 +141,15 @@ LAYERS = [
     (lambda: nk.LayerNorm2d(4), IMAGE),
     (lambda: nk.RMSNorm(4, eps=1e-6, gain="1+w"), SEQUENCE),
     (lambda: nk.RMSNorm2d(4), IMAGE),
+    (lambda: nk.FilterResponseNorm(4), IMAGE),
+    (lambda: nk.FilterResponseNorm(4, learn_eps=True), IMAGE),
+    (lambda: nk.EvoNormB0(4, momentum=0.3), IMAGE),
+    (lambda: nk.EvoNormB0(4, momentum=None, bessel=False), IMAGE),
+    (lambda: nk.EvoNormS0(4, groups=2), IMAGE),
+    (lambda: nk.DynamicTanh(4), SEQUENCE),
+    (lambda: nk.DynamicTanh((3, 4)), SEQUENCE),
+    (lambda: nk.DynamicTanh(4, channels_last=False), IMAGE),
+    (lambda: nk.GlobalResponseNorm(4, channels_last=False), IMAGE),
 ]
 
 
@@ -161,6 +170,19 @@ def test_a_layer_computes_what_is_shown(make, shape):
     for one in seen.walk.kept:
         np.testing.assert_allclose(one.after, getattr(layer, f"running_{one.name}"), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(seen.walk.evaluation, layer.eval()(x[:1]).detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_channels_on_the_last_axis():
+    layer = nk.GlobalResponseNorm(4).double()
+    nn.init.normal_(layer.weight)
+    x = torch.randn(2, 3, 2, 4, dtype=torch.float64)
+    np.testing.assert_allclose(normkit.show(layer, x).y, layer(x).movedim(-1, 1).detach(), rtol=1e-9)
+
+
+def test_parameters_of_its_own_are_said():
+    layer = nk.DynamicTanh(2)
+    nn.init.constant_(layer.alpha, 0.25)
+    assert "gamma = 1, beta = 0, alpha = 0.25" in str(normkit.show(layer, CAMPAIGNS.x)).replace("\n   ", " ")
 
 
 def test_a_layer_that_is_known_by_its_numbers():
@@ -213,7 +235,8 @@ def test_large_batches_are_cut_to_what_can_be_read():
         ((3,), {}, "a model must be a torch.nn.Module"),
         ((nn.Linear(2, 2), [[1, 2]]), {}, "`layer` must be a norm layer, or a name of the catalog; got Linear"),
         ((nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), [[1, 2]]), {}, "the norms of this model are 1"),
-        ((nk.FilterResponseNorm(2), IMAGES.x), {}, "hint: show(\"frn\", x)"),
+        ((nk.EvoNormS0(4, groups=2, apply_act=False), IMAGES.x), {}, "must have its v"),
+        ((nk.FilterResponseNorm(3), IMAGES.x), {}, "axis 1 of the input must have length 3"),
         ((nn.BatchNorm1d(2),), {}, "`x` must be a batch for the layer"),
         ((nk.FrozenBatchNorm2d(2), IMAGES.x), {}, "must take statistics of its input in training"),
         ((nn.BatchNorm1d(3), CAMPAIGNS.x), {}, "axis 1 of the input must have length 3"),

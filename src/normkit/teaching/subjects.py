@@ -11,7 +11,7 @@ import numpy as np
 
 from normkit.core.algebra import remaining
 from normkit.core.axes import Sizes
-from normkit.core.catalog import CATALOG, INSTANCE_TRACKED, LAYER_2D, RMS_2D, find
+from normkit.core.catalog import CATALOG, DYNAMIC_TANH_2D, INSTANCE_TRACKED, LAYER_2D, RMS_2D, find
 from normkit.core.constraints import Integer, Optional, check
 from normkit.core.record import NormRecord
 from normkit.core.schedule import RenormSchedule
@@ -42,6 +42,7 @@ class Subject:
         sizes: static sizes.
         last: whether the channels are on the last axis of the input.
         gamma, beta: None where there are none.
+        others: the spec's further parameters by name; those that are missing have their first values.
         kept: by name, before this batch; those that are missing have their first values.
         count: batches behind what is kept.
         rate: weight of a new batch; None averages all batches equally.
@@ -57,6 +58,7 @@ class Subject:
     last: bool = False
     gamma: Array | None = None
     beta: Array | None = None
+    others: Mapping[str, Array] = field(default_factory=dict)
     kept: Mapping[str, Array] = field(default_factory=dict)
     count: int = 0
     rate: float | None = RATE
@@ -123,8 +125,7 @@ def by_layer(layer: Any) -> Subject:
     kind, framework = type(layer).__name__, framework_of(layer)
     for name, entry in ENTRIES.items():
         if CATALOG[name].formula != "standard" and kind in getattr(entry, framework):
-            must = "`layer` must have no parameters besides gamma and beta to be read"
-            raise NormValueError(message(must, kind, f'show("{name}", x) is a new one of it'))
+            return _further(name, layer)
     record = _record(layer)
     if record is None:
         raise NormValueError(message("`layer` must be a norm layer, or a name of the catalog", kind, _inside(layer)))
@@ -147,6 +148,76 @@ def by_layer(layer: Any) -> Subject:
         debiased=record.debiased,
         clips=_clips(record),
     )
+
+
+# What frameworks call the same, in one layer or another.
+_GAMMA, _BETA = ("weight", "gamma", "scale"), ("bias", "beta")
+_EPS, _LEARNED_EPS = ("eps", "epsilon"), ("learned_eps", "learned_epsilon")
+_VARIANCE, _COUNT = ("running_var", "moving_variance", "var"), ("num_batches_tracked", "count")
+
+
+def _further(name: str, layer: Any) -> Subject:
+    """A layer whose formula has parameters of its own."""
+    kind, spec = type(layer).__name__, CATALOG[name]
+    gamma = _read(layer, *_GAMMA)
+    if gamma is None:
+        raise NormValueError(message("`layer` must be built", kind, "call it on a batch first"))
+    others = {other: _read(layer, other) for other, _ in spec.others}
+    missing = [other for other, values in others.items() if values is None]
+    if missing:
+        must = f"`layer` must have its {missing[0]}"
+        raise NormValueError(message(must, f"{kind} without: only gamma x + beta is left of it"))
+    last, sizes = _channels_last(layer), {"g": getattr(layer, "groups", None)}
+    known: Sizes = tuple((axis, int(size)) for axis, size in sizes.items() if size is not None)
+    if "*c" in spec.affine_names:
+        spec = spec if last or gamma.ndim > 1 else DYNAMIC_TANH_2D
+    if "*c" in spec.affine_names:
+        last, known = False, (("*c", gamma.shape),)
+    elif ("c",) in spec.axes:
+        known = (*known, ("c", gamma.size))
+    variance, count = _read(layer, *_VARIANCE), _read(layer, *_COUNT)
+    bessel = getattr(layer, "bessel", True)
+    momentum = getattr(layer, "momentum", None)
+    # Of the old values elsewhere, of the new batch in PyTorch.
+    rate = momentum if momentum is None or framework_of(layer) == "torch" else 1.0 - momentum
+    eps, learned = _read(layer, *_EPS), _read(layer, *_LEARNED_EPS)
+    return Subject(
+        name,
+        f"{kind}: {title_of(spec)}",
+        replace(spec, tracked=tuple(replace(t, bessel=bessel) for t in spec.tracked)),
+        (spec.eps if eps is None else float(eps)) + (0.0 if learned is None else abs(float(learned))),
+        known,
+        last=last,
+        gamma=gamma,
+        beta=_read(layer, *_BETA),
+        others={other: values for other, values in others.items() if values is not None},
+        kept={} if variance is None else {"var": variance},
+        count=0 if count is None else int(count),
+        rate=rate,
+        debiased=getattr(layer, "debiased", False),
+    )
+
+
+def _read(layer: Any, *names: str) -> Array | None:
+    """The first of these attributes that there is, as an array; None for none."""
+    value: Any = next((found for name in names if (found := getattr(layer, name, None)) is not None), None)
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().double()  # NumPy has no bfloat16
+    elif framework_of(layer) == "nnx" and hasattr(value, "get_value"):
+        value = value[...]
+    elif hasattr(value, "numpy"):
+        value = value.numpy()
+    return None if value is None else np.asarray(value, dtype=np.float64)
+
+
+def _channels_last(layer: Any) -> bool:
+    axis = getattr(layer, "axis", None)
+    if axis is None:
+        return bool(getattr(layer, "channels_last", False))
+    if axis not in (1, -1):
+        hint = "name the last axis -1"
+        raise NormValueError(message("the channels of `layer` must be on axis 1 or -1", f"axis={axis}", hint))
+    return bool(axis == -1)
 
 
 def _record(layer: Any) -> NormRecord | None:

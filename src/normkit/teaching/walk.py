@@ -140,7 +140,7 @@ def walk(subject: Subject, x: Array, labels: Labels = ()) -> Walk:
     if form is not None:
 
         def run(values: Array, **options: Any) -> Array:
-            own: dict[str, Any] = {"sizes": subject.sizes, "eps": eps, **options}
+            own: dict[str, Any] = {"sizes": subject.sizes, "eps": eps, "others": subject.others, **options}
             return activated_reference(spec, values, gamma, beta, **own).y
 
         steps.append(Step("y", form.words.removeprefix("y = "), run(x)))

@@ -160,7 +160,8 @@ def _normalized(walk: Walk) -> Section:
         beta = ", beta = 0" if "beta" in words[-1] else ""
         words[-1] += f"; a new layer has gamma = {number(subject.spec.first_gain)}{beta}{more}"
     else:
-        values = (("gamma", subject.gamma), ("beta", subject.beta))
+        values = (("gamma", subject.gamma), ("beta", subject.beta), *subject.others.items())
+        more = "" if subject.others else more
         words[-1] += "; " + ", ".join(f"{name} = {_listed(own)}" for name, own in values if own is not None) + more
     if not walk.statistics:
         words.insert(0, "No statistic is taken: every value is looked at alone.")
