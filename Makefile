@@ -40,6 +40,8 @@ bench-page: $(READY)
 
 calibrate: $(READY)
 	$(BIN)/python benchmarks/studies.py learning-rate train-eval-gap non-iid convergence --repeats 4
+	$(BIN)/python benchmarks/studies.py covariate-shift smoothness weight-decay --repeats 4
+	$(BIN)/python benchmarks/studies.py placement regularization inputs initialization batch-size appearance --repeats 5
 
 # The instruction sets of CMakeLists.txt.
 SANITIZE := -std=gnu++17 -O1 -g -fopenmp -fno-math-errno -fno-trapping-math -Wno-psabi -Isrc/normkit/csrc \

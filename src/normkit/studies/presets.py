@@ -148,6 +148,8 @@ _ALL = (
         quick=Effort((0.001, 0.01, 0.1), 3, 8, ("mlp",)),
         figures=("rates",),
         data=("digits", "wine"),
+        repeated="mlp on digits, quick version, 3 seeds each: 3 x holds partly, 2 x not enough evidence; mlp on wine, "
+        "quick version, 3 seeds each: 5 x holds partly",
     ),
     Study(
         "convergence",
@@ -201,6 +203,7 @@ _ALL = (
         full=Effort((0.003, 0.03, 0.3), 5, 6),
         quick=Effort((0.01, 0.1), 3, 6, ("mlp",)),
         figures=("rates",),
+        repeated="mlp on digits, quick version, 3 seeds each: 4 x not enough evidence, 1 x holds partly",
     ),
     Study(
         "depth",
@@ -262,6 +265,7 @@ _ALL = (
         full=Effort((0.003, 0.01, 0.03, 0.1), 5, 10),
         quick=Effort((0.01, 0.03), 3, 8, ("mlp",)),
         figures=("final",),
+        repeated="mlp on digits, quick version, 3 seeds each: 5 x not enough evidence",
     ),
     Study(
         "placement",
@@ -272,6 +276,7 @@ _ALL = (
         (Part(("none", "batch", "batch:after")),),
         names.placement,
         figures=("curves", "final"),
+        repeated="mlp on digits, quick version, 3 seeds each: 5 x not enough evidence",
     ),
     Study(
         "regularization",
@@ -283,6 +288,7 @@ _ALL = (
         names.regularization,
         full=Effort((0.003, 0.01, 0.03, 0.1), 5, 30),
         quick=Effort((0.01, 0.03), 3, 15, ("mlp",)),
+        repeated="mlp on digits, quick version, 3 seeds each: 5 x not enough evidence",
     ),
     Study(
         "dropout",
@@ -329,6 +335,7 @@ _ALL = (
         names.appearance,
         full=Effort((0.01, 0.03, 0.1), 5, 10),
         quick=Effort(_THREE[:2], 3, 6, ("mlp",)),
+        repeated="mlp on digits, quick version, 3 seeds each: 5 x holds partly",
     ),
     Study(
         "non-iid",

@@ -123,8 +123,9 @@ def by_layer(layer: Any) -> Subject:
     batch norm, or a layer that is not built.
     """
     kind, framework = type(layer).__name__, framework_of(layer)
+    ours = type(layer).__module__.startswith("normkit.")  # others have classes of these names too
     for name, entry in ENTRIES.items():
-        if CATALOG[name].formula != "standard" and kind in getattr(entry, framework):
+        if ours and CATALOG[name].formula != "standard" and kind in getattr(entry, framework):
             return _further(name, layer)
     record = _record(layer)
     if record is None:
