@@ -31,6 +31,7 @@ NORMS = {
     "renorm": nkt.BatchRenorm2d,
     "ghost": lambda n: nkt.GhostBatchNorm2d(n, virtual_batch_size=2),
     "instance": lambda n: nn.InstanceNorm2d(n, affine=True, track_running_stats=True),
+    "evonorm_b0": nkt.EvoNormB0,
     "our_instance": lambda n: nkt.InstanceNorm2d(n, affine=True, track_running_stats=True),
 }
 
@@ -39,7 +40,8 @@ def network(norm):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 3, 3), norm(3), nn.Flatten())
     for module in (model[1], model[4]):
-        module.running_mean.normal_()
+        if hasattr(module, "running_mean"):
+            module.running_mean.normal_()
         next(b for name, b in module.named_buffers() if name in ("running_var", "running_std")).uniform_(0.5, 2)
         nn.init.normal_(module.weight)
         nn.init.normal_(module.bias)

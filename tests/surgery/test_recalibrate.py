@@ -39,6 +39,16 @@ def test_the_first_layer_gets_the_moments_of_all_data_at_once(norm):
     np.testing.assert_allclose(model[0].running_var, x.astype(np.float64).var(0, ddof=1), rtol=1e-6)
 
 
+def test_evonorm_gets_the_variance_of_all_data_and_has_no_mean():
+    layer, x = nkt.EvoNormB0(4), data(600).reshape(50, 3, 4, 4).swapaxes(1, 3)
+    _, result = normkit.recalibrate(nn.Sequential(layer), np.split(x, (10, 30)), return_report=True)
+    flat = x.astype(np.float64).swapaxes(0, 1).reshape(4, -1)
+    np.testing.assert_allclose(layer.running_var, flat.var(1, ddof=1), rtol=1e-6)
+    assert result.layers[0].shift == 0
+    result.undo()
+    assert layer.running_var.equal(torch.ones(4))
+
+
 @pytest.mark.parametrize("sizes", [(2,) * 500, (100, 300, 600), (1000,)])
 def test_how_the_data_is_cut_changes_nothing(sizes):
     x = data()

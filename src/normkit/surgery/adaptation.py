@@ -111,6 +111,7 @@ def adapt(
 
 def _blended(side: Recording, layer: TrackedLayer, new: Pooled, prior: float, samples: int) -> Pooled:
     mean, var = side.moments(layer.layer)
+    mean = new.mean if mean is None else mean
     both = merge((prior, samples), (mean, new.mean), (var, new.var), between=layer.pooled)
     return Pooled(new.count, both.mean, both.var)
 

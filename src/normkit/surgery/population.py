@@ -313,6 +313,6 @@ def _change(recording: Recording, layer: TrackedLayer, new: Pooled | None) -> La
     if new is None:
         return LayerChange(layer.path, 0, 0.0, 1.0, 1.0)
     mean, var = recording.moments(layer.layer)
-    shift = np.abs(new.mean - mean) / np.sqrt(new.var + layer.eps)
+    shift = np.zeros(1) if mean is None else np.abs(new.mean - mean) / np.sqrt(new.var + layer.eps)
     ratio = (new.var + layer.eps) / (var + layer.eps)
     return LayerChange(layer.path, int(new.count), float(shift.max()), float(ratio.min()), float(ratio.max()))

@@ -65,8 +65,8 @@ class Recording(Protocol):
     def kept(self, layer: Any) -> Mapping[str, NDArray[Any]]:
         """What the layer keeps, under its own names."""
 
-    def moments(self, layer: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The kept mean and variance, in float64."""
+    def moments(self, layer: Any) -> tuple[NDArray[Any] | None, NDArray[Any]]:
+        """The kept mean, None where it keeps none, and variance, in float64."""
 
     def as_kept(self, layer: Any, mean: NDArray[Any], var: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         """This mean and variance in the form in which the layer keeps them."""

@@ -17,6 +17,7 @@ from normkit.core.algebra import Pooled, unbiased
 from normkit.core.record import TrackedLayer
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.torch import layers as ours
+from normkit.torch.further import EvoNormB0
 from normkit.torch.probe import as_tensors, check_sized, forward, untouched
 from normkit.torch.sites import warn_of_unreached
 from normkit.torch.states import is_frozen
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["array", "as_kept", "bare", "gathered", "given", "keep", "kept", "moments", "tracked", "watching"]
 
-_KINDS = nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm | ours._BatchRenorm
+_KINDS = nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm | ours._BatchRenorm | EvoNormB0
 _KEPT = ("running_mean", "running_var", "running_std")
 
 
 def tracked(model: nn.Module) -> Iterator[TrackedLayer]:
-    """Batch norms, renorms and instance norms with running statistics, but for frozen ones.
+    """Batch norms, renorms, EvoNorm-B0 and instance norms with running statistics, but for frozen ones.
 
     Frozen is what `normkit.freeze` froze, and what is in evaluation mode inside a model in training mode. Raises
     NormValueError for lazy layers, and warns of running statistics that no norm layer has.
@@ -39,7 +40,8 @@ def tracked(model: nn.Module) -> Iterator[TrackedLayer]:
     check_sized(model)
     warn_of_unreached("recalibrate and adapt reach", model, lambda module: isinstance(module, _KINDS))
     for path, module in bare(model).named_modules():
-        used = getattr(module, "running_mean", None) is not None and getattr(module, "track_running_stats", True)
+        buffers = (getattr(module, name, None) for name in _KEPT)
+        used = any(b is not None for b in buffers) and getattr(module, "track_running_stats", True)
         if isinstance(module, _KINDS) and used and not is_frozen(module) and (module.training or not model.training):
             instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
             bessel = getattr(module, "bessel", True) and not instance and not hasattr(module, "running_std")
@@ -76,18 +78,18 @@ def kept(layer: Any) -> Mapping[str, np.ndarray]:
     return {name: b.detach().double().cpu().numpy().copy() for name, b in buffers.items() if b is not None}
 
 
-def moments(layer: Any) -> tuple[np.ndarray, np.ndarray]:
+def moments(layer: Any) -> tuple[np.ndarray | None, np.ndarray]:
     """See `normkit.surgery.protocol.Recording`."""
     found = kept(layer)
     std = found.get("running_std")
-    return found["running_mean"], found["running_var"] if std is None else np.square(std) - layer.eps
+    return found.get("running_mean"), found["running_var"] if std is None else np.square(std) - layer.eps
 
 
 def as_kept(layer: Any, mean: np.ndarray, var: np.ndarray) -> Mapping[str, np.ndarray]:
     """See `normkit.surgery.protocol.Recording`."""
     if hasattr(layer, "running_std"):
         return {"running_mean": mean, "running_std": np.sqrt(var + layer.eps)}
-    return {"running_mean": mean, "running_var": var}
+    return {"running_var": var} if isinstance(layer, EvoNormB0) else {"running_mean": mean, "running_var": var}
 
 
 def keep(layer: Any, values: Mapping[str, np.ndarray]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from normkit.core.decay import looks_like_a_norm, undecayed
+from normkit.torch.further import EvoNormB0
 from normkit.torch.normalizer_free import SkipInit
 from normkit.torch.porting import is_norm
 from normkit.torch.probe import check_sized
@@ -55,10 +56,10 @@ def is_frozen(layer: nn.Module) -> bool:
 def freeze(model: nn.Module, affine: bool) -> int:
     """See `normkit.surgery.protocol.States`."""
     check_sized(model)
-    warn_of_unreached("freeze reaches", model, is_norm)
+    warn_of_unreached("freeze reaches", model, _reached)
     unfreeze(model)
     # With `affine=False` only what has running statistics can be frozen.
-    found = [m for m in model.modules() if is_norm(m) and (affine or getattr(m, "running_mean", None) is not None)]
+    found = [m for m in model.modules() if _reached(m) and (affine or _keeps(m))]
     for layer in found:
         frozen = _Frozen(layer, affine)
         layer.eval()
@@ -69,6 +70,14 @@ def freeze(model: nn.Module, affine: bool) -> int:
             parameter.requires_grad_(False)
             parameter.grad = None  # an optimizer moves whatever has a gradient, by weight decay alone if it is 0
     return len(found)
+
+
+def _reached(layer: nn.Module) -> bool:
+    return is_norm(layer) or isinstance(layer, EvoNormB0)
+
+
+def _keeps(layer: nn.Module) -> bool:
+    return any(getattr(layer, name, None) is not None for name in ("running_mean", "running_var"))
 
 
 def unfreeze(model: nn.Module) -> int:
