@@ -1,5 +1,6 @@
 """Figures as numbers, and that their drawings are whole, repeatable and valid."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ import pytest
 from made import ACCURACY, grid, make_comparison, make_trial, regression
 from PIL import Image
 
-from normkit.experiments.results import SiteStats, Snapshot
+from normkit.experiments.results import Probe, SiteStats, Snapshot
 from normkit.report import draw, figures
 from normkit.report.figures import Cost, Curve, Final, Line, Pen, Rate
 
@@ -150,10 +151,39 @@ def some_of_each():
         "finals": figures.finals(judged, found.task, "test accuracy"),
         "costs": figures.costs(judged),
         "depth": figures.variant_depth(judged, "batch:after", last=False),
+        "percentiles": figures.percentiles(judged, probed(found)),
     }
 
 
-@pytest.mark.parametrize("kind", ["curves", "rates", "finals", "costs", "depth"])
+def probed(found):
+    """The trials with probes of two activations, whose percentiles tell the step, the place and the seed."""
+
+    def probe(step, seed):
+        return Probe(
+            step, 1.0, 1.0, (), (1, 1), (1, 1), 1.0, tuple((step + n, step + n + 1, seed + 99) for n in (0, 10))
+        )
+
+    return [
+        dataclasses.replace(trial, probes=tuple(probe(step, trial.config.seed) for step in (0, 5, 9)))
+        for trial in found.trials
+    ]
+
+
+def test_percentiles_are_those_of_the_first_and_last_activation_of_the_first_seed_at_the_best_rate():
+    found = grid(norms=("none", "batch"), seeds=2)
+    (judged,) = found.groups
+    figure = figures.percentiles(judged, probed(found))
+    for bands, begins in ((figure.lines, 0), (figure.last, 10)):
+        assert [band.norm for band in bands] == ["none", "batch"]
+        for band in bands:
+            assert band.steps == (0, 5, 9)
+            assert band.low == (begins, begins + 5, begins + 9)
+            assert band.middle == (begins + 1, begins + 6, begins + 10)
+            assert band.high == (99, 99, 99)
+    assert figures.percentiles(judged, found.trials) == ((), ())
+
+
+@pytest.mark.parametrize("kind", ["curves", "rates", "finals", "costs", "depth", "percentiles"])
 def test_drawings(kind):
     figure = some_of_each()[kind]
     svg = draw.svg(figure, "a")

@@ -2,6 +2,7 @@
 
 from normkit.studies import criteria as names
 from normkit.studies.measurements import USUAL, Measured, Measurements
+from normkit.studies.probed import Probed
 
 RATES = (0.001, 0.01, 0.1, 1.0)
 WIGGLE = (0.001, -0.001, 0.002, -0.002, 0.0)  # between seeds
@@ -32,6 +33,16 @@ def one(norm, arm=USUAL, mean=0.95, steps=50, usable=RATES[:3], gap=0.0, depths=
         trained=2.0,
         **values,
     )
+
+
+def probes(seeds=5, **means):
+    """The same at every rate."""
+    around = WIGGLE[:seeds]
+    return tuple(Probed(lr, **{name: tuple(mean + w for w in around) for name, mean in means.items()}) for lr in RATES)
+
+
+SMOOTH = {"smoothness": 10.0, "change": 1.0, "variation": 0.2}
+ROUGH = {"smoothness": 50.0, "change": 9.0, "variation": 0.6}
 
 
 def holds(seeds=5):
@@ -95,6 +106,22 @@ def holds(seeds=5):
             one("batch", names.BLOCKED, 0.3, gap=0.6, **few),
             one("group", names.BLOCKED, 0.95, **few),
             one("renorm", names.BLOCKED, 0.8, **few),
+        ],
+        "covariate-shift": [
+            one("batch", probed=probes(difference=0.1, cosine=0.9, **few), **few),
+            one("none", usable=RATES[:1], probed=probes(difference=0.3, cosine=0.5, **few), **few),
+        ],
+        "smoothness": [
+            one("batch", probed=probes(**SMOOTH, **few), **few),
+            one("none", usable=RATES[:1], probed=probes(**ROUGH, **few), **few),
+        ],
+        "weight-decay": [
+            one("batch", probed=probes(growth=1.2, **few), **few),
+            one("batch", names.DECAY, probed=probes(resting=1.0, turned=1.05, drift=0.02, **few), **few),
+            one("batch", names.RATE, 0.955, **few),
+            one("none", **few),
+            one("none", names.DECAY, **few),
+            one("none", names.RATE, mean=None, **few),
         ],
     }
     return {name: Measurements(found) for name, found in made.items()}

@@ -1,11 +1,12 @@
 """Every study on measurements made by hand reaches every verdict: none of them is fixed beforehand."""
 
 import pytest
-from made_measurements import RATES, changed, holds
+from made_measurements import RATES, ROUGH, SMOOTH, changed, holds, probes
 
 from normkit.studies import STUDIES
 from normkit.studies import criteria as names
 from normkit.studies.measurements import USUAL
+from normkit.studies.probed import Probed
 from normkit.studies.verdict import Level, decided
 
 
@@ -63,6 +64,14 @@ NOT = {
         ("batch", names.TESTED, {"mean": 0.15}),
     ],
     "non-iid": [("batch", names.BLOCKED, {"mean": 0.95, "gap": 0.0})],
+    "covariate-shift": [("batch", USUAL, {"probed": probes(difference=0.6, cosine=0.3)})],
+    "smoothness": [("batch", USUAL, {"probed": probes(**ROUGH)})],
+    "weight-decay": [
+        ("batch", USUAL, {"probed": probes(growth=0.9)}),
+        ("batch", names.DECAY, {"probed": probes(resting=2.0, turned=0.5, drift=0.02)}),
+        ("batch", names.RATE, {"mean": 0.8}),
+        ("none", names.RATE, {"mean": 0.951}),
+    ],
 }
 PART = {
     "inputs": [("none", names.FIRST, {"inputs": "none", "mean": 0.6})],
@@ -77,6 +86,9 @@ PART = {
     "dropout": [("batch", names.LABELS, {"mean": 0.8})],
     "appearance": [("batch", names.SWAPPED, {"mean": 0.05}), ("batch", names.SHIFTED, {"mean": 0.15})],
     "non-iid": [("renorm", names.BLOCKED, {"mean": 0.3})],
+    "covariate-shift": [("batch", USUAL, {"probed": probes(difference=0.1, cosine=0.3)})],
+    "smoothness": [("batch", USUAL, {"probed": probes(**{**SMOOTH, "variation": 0.6})})],
+    "weight-decay": [("batch", names.RATE, {"mean": 0.8})],
 }
 
 
@@ -115,6 +127,34 @@ def test_where_nothing_is_lost_there_is_nothing_to_win_back():
     found = after("batch-size", [("batch", names.groups_of(4), {"mean": 0.955})])
     assert len(STUDIES["batch-size"].checks(found)) == 3
     assert verdict("batch-size", found) is Level.HOLDS
+
+
+def test_the_popular_explanation_may_fall_while_the_loss_is_smoother():
+    """What Santurkar et al. found: with batch norm the gradients of the layers shift more, and the loss is smoother."""
+    found = {name: probes(difference=d, cosine=c, **rest) for name, d, c, rest in (
+        ("batch", 0.5, 0.1, SMOOTH), ("none", 0.2, 0.9, ROUGH)
+    )}  # fmt: skip
+    for name, level in (("covariate-shift", Level.NOT), ("smoothness", Level.HOLDS)):
+        assert verdict(name, after(name, [(norm, USUAL, {"probed": each}) for norm, each in found.items()])) is level
+
+
+def test_rates_at_which_nothing_is_known_leave_it_open():
+    found = after("covariate-shift", [("none", USUAL, {"usable": (), "mean": None, "probed": probes()})])
+    assert {check.holds for check in STUDIES["covariate-shift"].checks(found)} == {None}
+
+
+def test_a_change_of_nothing_is_no_number_of_times():
+    still = Probed(RATES[1], difference=(0.0,) * 5, cosine=(1.0,) * 5)
+    found = after("covariate-shift", [("none", USUAL, {"usable": RATES[:2], "probed": (still,)})])
+    checks = STUDIES["covariate-shift"].checks(found)
+    assert [check.holds for check in checks] == [None, False]
+
+
+def test_weights_that_do_not_rest_are_compared_with_no_prediction():
+    found = after("weight-decay", [("batch", names.DECAY, {"probed": probes(resting=1.0, turned=1.0, drift=0.2)})])
+    checks = STUDIES["weight-decay"].checks(found)
+    assert [check.holds for check in checks] == [True, None, None, True, True]
+    assert "do not rest" in checks[1].said
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -1,5 +1,6 @@
 """Studies that are run: on small tables, in real trainings."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -13,6 +14,8 @@ from normkit.errors import NormError
 from normkit.experiments.results import unpacked
 from normkit.studies import STUDIES, Outcome, Outcomes, verb
 from normkit.studies.measurements import Measurements
+from normkit.studies.presets import Effort
+from normkit.studies.probed import Probed
 from normkit.studies.verdict import Level, decided
 
 QUIET = {"quick": True, "workers": 1, "show_progress": False}
@@ -114,6 +117,35 @@ def test_circumstances_and_several_comparisons(arrays):
     assert "with one seed nothing is known of the spread" in outcome.basis
     slow, settled = (case.found.one("batch", arm).gaps[0] for arm in ("momentum 0.01", "momentum 0.01, recalibrated"))
     assert abs(settled) <= abs(slow)
+
+
+def test_what_probes_saw_is_judged_and_shown(arrays, tmp_path, monkeypatch):
+    """Of one rate and one seed, where every value is that of one trial."""
+    small = dataclasses.replace(STUDIES["covariate-shift"], quick=Effort((0.03,), 3, 6, ("mlp",)))
+    monkeypatch.setattr(verb, "find", {"covariate-shift": small}.__getitem__)
+    outcome = normkit.study("covariate-shift", arrays, seeds=1, out=tmp_path, **QUIET)
+    (case,) = outcome.cases
+    trials = {(trial.config.norm, trial.config.lr): trial for trial in case.comparisons[0].trials}
+    assert outcome.environment["started"] == len(trials) == 2
+    for m in case.found:
+        for lr in m.rates:
+            trial = trials[m.norm, lr]
+            if trial.diverged:
+                assert m.at(lr) == Probed(lr)
+                continue
+            assert len(trial.probes) == 8
+            assert m.at(lr).smoothness == (statistics.median(probe.smoothness for probe in trial.probes),)
+            shifts = [layer.cosine for probe in trial.probes for layer in probe.layers[1:]]
+            assert m.at(lr).cosine == (statistics.median(shifts),)
+    assert (tmp_path / "covariate-shift" / "report.html").read_text().count("<svg") == 1
+    stored = json.loads((tmp_path / "covariate-shift" / "results.json").read_text())
+    assert [m["probed"][0]["lr"] for m in stored["cases"][0]["measured"]] == [0.03, 0.03]
+
+
+@pytest.mark.parametrize(("one", "other"), [("covariate-shift", "smoothness"), ("convergence", "overhead")])
+def test_studies_of_the_same_runs_ask_for_the_same(one, other):
+    for name in ("parts", "full", "quick", "data"):
+        assert getattr(STUDIES[one], name) == getattr(STUDIES[other], name)
 
 
 def test_on_images_with_the_convolutional_network():

@@ -15,11 +15,14 @@ from normkit.studies.verdict import (
     below,
     combined,
     decided,
+    differs,
     exceeds,
     fewer_steps,
     learns,
     less_time,
+    near,
     not_worse,
+    positive,
     similar_steps,
     wider,
 )
@@ -71,6 +74,11 @@ def test_networks_together_follow_the_same_rule(levels):
         (alike, made(mean=0.95), made(mean=0.9), False),
         (alike, made(mean=0.9, spread=0.05), made(mean=0.9, spread=0.001), None),
         (alike, made(mean=None), made(), False),
+        (differs, made(mean=0.91), made(mean=0.9), False),
+        (differs, made(mean=0.8), made(mean=0.9), True),
+        (differs, made(mean=0.9, spread=0.05), made(mean=0.9, spread=0.001), None),
+        (differs, made(mean=None), made(), True),
+        (differs, made(mean=None), made(mean=None), None),
     ],
 )
 def test_accuracies_are_compared_by_their_interval(check, first, second, holds):
@@ -110,6 +118,35 @@ def test_one_value_per_seed_against_a_margin(check, values, holds):
 def test_factors_per_seed(factors, holds):
     assert at_least_times("it", factors, 2.0).holds is holds
     assert at_most_times("it", factors, 2.0).holds is (None if holds is None else not holds)
+
+
+@pytest.mark.parametrize(
+    ("factors", "holds"),
+    [
+        ((1.1, 1.0, 0.95, 1.05, 1.0), True),
+        ((2.5, 3.0, 2.8, 2.6, 2.9), False),
+        ((0.4, 0.35, 0.4, 0.3, 0.4), False),
+        ((1.0, 5.0, 1.2, 3.0, 2.0), None),
+        ((1.0, 1.0), None),
+        ((), None),
+    ],
+)
+def test_near_one(factors, holds):
+    assert near("it", factors, 1.5).holds is holds
+
+
+@pytest.mark.parametrize(
+    ("values", "holds"),
+    [
+        ((0.2, 0.21, 0.19), True),
+        ((-0.2, -0.21, -0.19), False),
+        ((0.3, -0.3, 0.2), None),
+        ((0.2, 0.2), None),
+        ((), None),
+    ],
+)
+def test_above_zero(values, holds):
+    assert positive("it", values).holds is holds
 
 
 def reached(*steps, budget=200, **values):

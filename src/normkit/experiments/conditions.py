@@ -18,6 +18,7 @@ from normkit.errors import NormTypeError, NormValueError, message, nearest
 __all__ = [
     "APPEARANCES",
     "AS_USUAL",
+    "DECAYS",
     "OUTLIER",
     "POPULATIONS",
     "Conditions",
@@ -30,6 +31,7 @@ __all__ = [
 OUTLIER = 10.0  # an outlier is a sample so many times as large
 APPEARANCES = ("", "random", "tied", "swapped", "shifted")
 POPULATIONS = ("", "training", "test")
+DECAYS = ("", "rate")
 _NOISE, _OUTLIERS, _LIGHT, _PAIRS = (
     2,
     3,
@@ -68,6 +70,15 @@ class Conditions:
     Attributes:
         population: `training` or `test`: after training the statistics of that part take the place of running ones.
 
+    Of the training and what is looked at in it, in PyTorch's embedded networks:
+
+    Attributes:
+        weight_decay: times the weights of the hidden layers, added to their gradients (SGD alone); biases, gamma, beta
+            and the classifier have none.
+        decay_as: `rate`: in place of that decay the learning rate of these weights grows, by as much as makes no
+            difference to weights whose scale does not matter.
+        landscape: the loss around the network and the shift between its layers are measured at so many steps.
+
     Raises NormValueError or NormTypeError for values that make no sense.
     """
 
@@ -82,6 +93,9 @@ class Conditions:
     norm_batch: int | None = None
     momentum: float | None = None
     population: str = ""
+    weight_decay: float = 0.0
+    decay_as: str = ""
+    landscape: int = 0
 
     CONSTRAINTS: ClassVar[dict[str, Constraint]] = {
         "label_noise": Real(0.0, 1.0),
@@ -95,12 +109,17 @@ class Conditions:
         "norm_batch": Optional(Integer(2)),
         "momentum": Optional(Real(0.0, 1.0, above=True)),
         "population": OneOf(POPULATIONS),
+        "weight_decay": Real(0.0),
+        "decay_as": OneOf(DECAYS),
+        "landscape": Integer(0),
     }
     _DATA: ClassVar[tuple[str, ...]] = ("label_noise", "outliers", "appearance", "by_class")
     _TORCH: ClassVar[tuple[str, ...]] = ("population",)  # of any network of PyTorch; the others: of the embedded ones
 
     def __post_init__(self) -> None:
         check("Conditions", self.CONSTRAINTS, asdict(self))
+        if self.decay_as and not self.weight_decay:
+            raise NormValueError(message("`decay_as` must come with a `weight_decay` above 0", self.decay_as))
 
     @classmethod
     def made(cls, value: Conditions | Mapping[str, Any]) -> Conditions:

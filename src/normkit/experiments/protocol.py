@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 from numpy.typing import NDArray
 
 from normkit.core.algebra import remaining
@@ -19,17 +20,21 @@ from normkit.frameworks import part
 __all__ = [
     "COMPILED",
     "Batch",
+    "ProbedTrainer",
     "RecalibratingTrainer",
     "Scores",
     "Setup",
     "SiteValues",
+    "Surface",
     "Trainer",
     "Training",
+    "Vector",
     "debiased",
     "training",
 ]
 
 COMPILED = "Steps are compiled before they are timed."
+Vector = NDArray[np.float64]  # of one axis
 Batch = tuple[Any, Any]  # inputs and targets: NumPy arrays, or whatever a loader of that framework gives
 
 
@@ -110,6 +115,31 @@ class RecalibratingTrainer(Trainer, Protocol):
 
     def recalibrate(self, batches: Iterable[Batch]) -> None:
         """Put statistics of all these inputs in the place of running ones, where the network keeps any."""
+
+
+class Surface(Protocol):
+    """The mean loss of one batch in training mode, as a function of the parameters of the layers.
+
+    A layer's parameters are one vector: its weight, then its bias and what follows until the next layer, as a norm's
+    gamma and beta.
+    """
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """How many of the first entries of each vector are the weight's."""
+
+    def __call__(self, layers: Sequence[Vector]) -> tuple[float, list[Vector]]:
+        """The loss where the parameters are these, and its gradient layer by layer, both computed in float64."""
+
+
+class ProbedTrainer(Protocol):
+    """What PyTorch's trainer can do besides, and conditions ask of no other."""
+
+    def layers(self) -> list[Vector]:
+        """A copy of the parameters, layer by layer."""
+
+    def surface(self, x: Any, y: Any) -> Surface:
+        """The loss of this batch; using it changes nothing of the network."""
 
 
 class Training(Protocol):

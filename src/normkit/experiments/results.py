@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from normkit.experiments.conditions import Conditions
 from normkit.experiments.config import TrialConfig
 
-__all__ = ["Evaluation", "Gap", "SiteStats", "Snapshot", "TrialResult", "packed", "unpacked"]
+__all__ = ["Evaluation", "Gap", "LayerProbe", "Probe", "SiteStats", "Snapshot", "TrialResult", "packed", "unpacked"]
 
 
 class Evaluation(NamedTuple):
@@ -72,6 +72,46 @@ class Snapshot(NamedTuple):
     sites: tuple[SiteStats, ...]
 
 
+class LayerProbe(NamedTuple):
+    """One layer in one step.
+
+    Attributes:
+        difference, cosine: of its gradient before and after the layers in front of it took the step:
+            :class:`normkit.experiments.landscape.Shift`.
+        gradient: norm of the gradient of its weight.
+        weight: norm of its weight before the step.
+        turned: angle in radians between its weight before and after the step.
+    """
+
+    difference: float
+    cosine: float
+    gradient: float
+    weight: float
+    turned: float
+
+
+class Probe(NamedTuple):
+    """The loss around the network before a step, of the batch that the step was taken on.
+
+    Attributes:
+        step: steps taken before.
+        loss: of the batch.
+        gradient: norm of its gradient by all parameters.
+        layers: one after the other.
+        losses, changes, smoothness: along the gradient: :class:`normkit.experiments.landscape.Along`.
+        percentiles: 15th, 50th and 85th of what enters the first unit of each activation, after the step.
+    """
+
+    step: int
+    loss: float
+    gradient: float
+    layers: tuple[LayerProbe, ...]
+    losses: tuple[float, float]
+    changes: tuple[float, float]
+    smoothness: float
+    percentiles: tuple[tuple[float, ...], ...]
+
+
 @dataclass(frozen=True)
 class TrialResult:
     """What one trial gave.
@@ -95,6 +135,7 @@ class TrialResult:
         peak_memory: bytes by which the process grew at most while training, None where the system does not tell.
         snapshots: the inputs of the activations at initialization and after each epoch.
         versions: names and versions of what trained.
+        probes: the loss around the network at some steps, where the conditions ask for it.
     """
 
     config: TrialConfig
@@ -112,10 +153,11 @@ class TrialResult:
     peak_memory: int | None = None
     snapshots: tuple[Snapshot, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
+    probes: tuple[Probe, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, strict: what is not finite becomes None."""
-        plain = asdict(replace(self, curve=(), snapshots=(), gap=None, versions=()))
+        plain = asdict(replace(self, curve=(), snapshots=(), gap=None, versions=(), probes=()))
         plain["key"] = self.config.key()
         plain["curve"] = [_plain(evaluation) for evaluation in self.curve]
         plain["snapshots"] = [
@@ -124,6 +166,7 @@ class TrialResult:
         plain["train_losses"] = list(self.train_losses)
         plain["gap"] = None if self.gap is None else self.gap._asdict()
         plain["versions"] = dict(self.versions)
+        plain["probes"] = [_plain(probe) for probe in self.probes]
         return plain
 
     @classmethod
@@ -142,6 +185,7 @@ class TrialResult:
                 "train_losses": tuple(plain["train_losses"]),
                 "gap": None if plain["gap"] is None else Gap(**plain["gap"]),
                 "versions": tuple(plain["versions"].items()),
+                "probes": tuple(_probe(row) for row in plain.get("probes", ())),  # trials from before had none
             }
         )
 
@@ -168,10 +212,23 @@ def unpacked(text: str) -> NDArray[np.float64]:
     return np.frombuffer(raw, "<f2").astype(np.float64)
 
 
+def _probe(row: list[Any]) -> Probe:
+    probe = Probe(*_floats(row))
+    return probe._replace(
+        layers=tuple(LayerProbe(*layer) for layer in probe.layers),
+        losses=(probe.losses[0], probe.losses[1]),
+        changes=(probe.changes[0], probe.changes[1]),
+        percentiles=tuple(map(tuple, probe.percentiles)),
+    )
+
+
 def _plain(row: tuple[Any, ...]) -> list[Any]:
     # Five digits are more than such a statistic means, and the file stays small. NaN and infinity are no JSON: a site
     # of a network that is about to diverge may hold them.
-    return [_shorter(value) if isinstance(value, float) else value for value in row]
+    return [
+        _shorter(value) if isinstance(value, float) else _plain(value) if isinstance(value, tuple) else value
+        for value in row
+    ]
 
 
 def _shorter(value: float) -> float | str:
@@ -179,4 +236,7 @@ def _shorter(value: float) -> float | str:
 
 
 def _floats(row: list[Any]) -> list[Any]:
-    return [float(value) if value in ("nan", "inf", "-inf") else value for value in row]
+    return [
+        _floats(value) if isinstance(value, list) else float(value) if value in ("nan", "inf", "-inf") else value
+        for value in row
+    ]

@@ -14,6 +14,7 @@ import numpy as np
 
 from normkit.experiments.config import MOMENTUM, TrialConfig, Variant
 from normkit.experiments.feeds import Feed, epoch_seed
+from normkit.experiments.landscape import Probing
 from normkit.experiments.memory import PeakMemory
 from normkit.experiments.protocol import Batch, RecalibratingTrainer, Scores, Setup, Trainer, Training
 from normkit.experiments.results import Evaluation, Gap, Snapshot, TrialResult, packed
@@ -82,6 +83,7 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
     curve = [_evaluation(0, 0.0, trainer.evaluate(validation))]
     train_losses: list[float] = []
     times: list[float] = []
+    probing = Probing(config.conditions.landscape, config.epochs * per_epoch, config.lr, looked_at)
     prepared: set[Any] = set()
     diverged = not _finite(curve[0])
     for epoch in range(config.epochs):
@@ -93,11 +95,14 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
             if (shapes := _shapes((x, y))) not in prepared:
                 trainer.prepare(x, y)
                 prepared.add(shapes)
+            probing.before(len(times), trainer, x, y)
             begun = time.perf_counter()
             loss = trainer.step(x, y)
             times.append(time.perf_counter() - begun)
             losses.append(loss)
             diverged = not math.isfinite(loss)
+            if not diverged:
+                probing.after(trainer)
             if not diverged and (len(losses) % every == 0 or len(losses) == per_epoch):
                 evaluation = _evaluation(len(times), sum(times), trainer.evaluate(validation))
                 diverged = not _finite(evaluation)
@@ -128,6 +133,7 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
         snapshots=tuple(snapshots),
         tested=feed.tested,
         versions=tuple(training.versions().items()),
+        probes=tuple(probing.probes),
     )
 
 

@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from normkit.experiments.config import Task
-from normkit.report.figures import Costs, Depth, Finals, LearningCurves, Pen, RateRange
+from normkit.report.figures import Costs, Depth, Finals, LearningCurves, Pen, Percentiles, RateRange
 from normkit.report.look import LIGHT
 from normkit.report.words import significant, value
 
@@ -35,7 +35,7 @@ SLOTS = sum(name.startswith("v") for name in LIGHT)  # further norms start again
 # Colours that nothing else uses, to be replaced by the page's.
 _PLACEHOLDERS = {name: f"#0{number:x}0203" for number, name in enumerate(LIGHT)}
 
-Drawable = LearningCurves | RateRange | Finals | Costs | Depth
+Drawable = LearningCurves | RateRange | Finals | Costs | Depth | Percentiles
 _WIDTH = 5.6  # inches: text is as large as a page's beside another figure, and can be read on a phone
 _DPI = 72  # a pixel is a point, the unit of an SVG
 _LABEL = 10.5
@@ -311,12 +311,35 @@ def _depth(figure: Depth, colors: _Colors) -> _Drawing:
     )
 
 
+def _percentiles(figure: Percentiles, colors: _Colors) -> _Drawing:
+    canvas, panels = _canvas(3.9, heights=(1, 1))
+    points = []
+    for axes, where, lines in zip(panels, ("first activation", "last activation"), figure, strict=True):
+        for line in lines:
+            color = colors.of(line.pen)
+            low, middle, high = (_finite(numbers) for numbers in (line.low, line.middle, line.high))
+            axes.fill_between(line.steps, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(line.steps, middle, color=color, linestyle=_dashes(line.pen), marker="o", markersize=3.2)
+            for step, *three in zip(line.steps, line.low, line.middle, line.high, strict=True):
+                numbers = " to ".join(significant(number) for number in three)
+                points.append(_Point(axes, step, three[1], f"{line.norm}, {where}, step {step}: {numbers}"))
+        axes.set_ylabel(where)
+    top, bottom = panels
+    top.tick_params(labelbottom=False)
+    bottom.set_xlabel("training steps")
+    bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _label_ends(canvas, bottom, [(b.norm, b.pen, b.steps[-1], b.middle[-1]) for b in figure.last], colors)
+    said = "Percentiles 15, 50 and 85 of what enters one unit, over training"
+    return _Drawing(canvas, points, f"{said}, {_listed(figure)}")
+
+
 _PAINTERS: dict[type, Callable[[Any, _Colors], _Drawing]] = {
     LearningCurves: _learning_curves,
     RateRange: _rate_range,
     Finals: _finals,
     Costs: _costs,
     Depth: _depth,
+    Percentiles: _percentiles,
 }
 
 

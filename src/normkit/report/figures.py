@@ -10,10 +10,11 @@ import numpy as np
 
 from normkit.experiments.analysis import Group, VariantSummary
 from normkit.experiments.config import Task
-from normkit.experiments.results import SiteStats
+from normkit.experiments.results import SiteStats, TrialResult
 from normkit.report.words import interval
 
 __all__ = [
+    "Band",
     "Cost",
     "Costs",
     "Curve",
@@ -23,6 +24,7 @@ __all__ = [
     "LearningCurves",
     "Line",
     "Pen",
+    "Percentiles",
     "Rate",
     "RateRange",
     "costs",
@@ -30,6 +32,7 @@ __all__ = [
     "finals",
     "learning_curves",
     "pens",
+    "percentiles",
     "rate_range",
     "variant_depth",
 ]
@@ -140,6 +143,24 @@ class Depth(NamedTuple):
     lines: tuple[Line, ...]
 
 
+class Band(NamedTuple):
+    """What enters the first unit of one activation, over training: its 15th, 50th and 85th percentiles."""
+
+    norm: str
+    pen: Pen
+    steps: tuple[int, ...]
+    low: tuple[float, ...]
+    middle: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+class Percentiles(NamedTuple):
+    """The percentiles of the first activation of every variant, and of the last one."""
+
+    lines: tuple[Band, ...]
+    last: tuple[Band, ...]
+
+
 def pens(group: Group) -> dict[str, Pen]:
     """A pen for every variant of the group, by its label: the same in all figures."""
     slots = {name: slot for slot, name in enumerate(dict.fromkeys(v.variant.name for v in group.variants))}
@@ -212,6 +233,22 @@ def variant_depth(group: Group, beside: str | None, *, last: bool) -> Depth:
     chosen = [v for v in group.variants if v.norm in (group.baseline.norm, beside) and len(v.snapshots) > last]
     plain = depth({variant.norm: variant.snapshots[-1 if last else 0].sites for variant in chosen})
     return Depth(tuple(line._replace(pen=drawn[line.label]) for line in plain.lines))
+
+
+def percentiles(group: Group, trials: Sequence[TrialResult]) -> Percentiles:
+    """All variants whose trials among these looked at activations: the first seed at the best rate."""
+    drawn = pens(group)
+    lines: list[Band] = []
+    last: list[Band] = []
+    for v in group.variants:
+        of = [t for t in trials if (t.config.norm, t.config.lr) == (v.norm, v.best_lr) and t.probes]
+        if not of or not of[0].probes[0].percentiles:
+            continue
+        for bands, place in ((lines, 0), (last, -1)):
+            low, middle, high = zip(*(probe.percentiles[place] for probe in of[0].probes), strict=True)
+            steps = tuple(probe.step for probe in of[0].probes)
+            bands.append(Band(v.norm, drawn[v.norm], steps, low, middle, high))
+    return Percentiles(tuple(lines), tuple(last))
 
 
 def _curve(variant: VariantSummary, pen: Pen) -> Curve:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normkit.experiments.inference import estimate
 from normkit.report import look
-from normkit.report.figures import Final, Finals, Pen
+from normkit.report.figures import Final, Finals, Pen, percentiles
 from normkit.report.render import figures_of, require
 from normkit.studies.outcome import Case, Outcome, Outcomes, table
 from normkit.studies.presets import Study
@@ -26,6 +26,7 @@ _TITLES = {
     "final": "Where they end",
     "costs": "What a step costs",
     "depth-before": "Activations at initialization",
+    "percentiles": "What enters one unit: 15th, 50th and 85th percentile",
 }
 _CLASS = {Level.HOLDS: "info", Level.PARTLY: "warning", Level.NOT: "error", Level.UNKNOWN: ""}
 _ANSWER = {True: "yes", False: "no", None: "open"}
@@ -120,11 +121,17 @@ def _figures(study: Study, case: Case, kind: str) -> Iterator[tuple[str, str, Dr
     if kind == "final":
         yield _TITLES[kind], "Mean and 95 % interval over the seeds, at the best rate", _finals(case)
         return
+    figure: Drawable | None
     for part, comparison in zip(study.parts_for(case.model), case.comparisons, strict=True):
         for group in comparison.groups:
             scaled = f"inputs {group.setting.inputs}" if len(part.inputs) > 1 else ""
             where = ", ".join(filter(None, [part.names()[group.setting.conditions], scaled])) or "as usual"
-            figure = figures_of(comparison, group).get(kind)
+            if kind == "percentiles":
+                under = [t for t in comparison.trials if str(t.config.conditions) == group.setting.conditions]
+                bands = percentiles(group, under)
+                figure = bands if bands.lines else None
+            else:
+                figure = figures_of(comparison, group).get(kind)
             if figure is not None:
                 yield _TITLES[kind], where, figure
 

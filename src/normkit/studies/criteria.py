@@ -8,10 +8,12 @@ benefit. The others come with their papers.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 
 from normkit.experiments.inference import ENOUGH
 from normkit.studies.measurements import USUAL, Measured, Measurements
+from normkit.studies.probed import Probed
 from normkit.studies.verdict import (
     Check,
     alike,
@@ -19,17 +21,21 @@ from normkit.studies.verdict import (
     at_least_times,
     at_most_times,
     below,
+    differs,
     exceeds,
     fewer_steps,
     learns,
     less_time,
+    near,
     not_worse,
+    positive,
     similar_steps,
     wider,
 )
 
 __all__ = [
     "BLOCKED",
+    "DECAY",
     "DROPOUT",
     "FIRST",
     "KERAS",
@@ -38,6 +44,7 @@ __all__ = [
     "OUTLIERS",
     "POPULATION",
     "RANDOM",
+    "RATE",
     "SHIFTED",
     "SWAPPED",
     "TESTED",
@@ -46,6 +53,7 @@ __all__ = [
     "appearance",
     "batch_size",
     "convergence",
+    "covariate_shift",
     "depth",
     "dropout",
     "groups_of",
@@ -57,7 +65,9 @@ __all__ = [
     "overhead",
     "placement",
     "regularization",
+    "smoothness",
     "train_eval_gap",
+    "weight_decay",
     "weights",
 ]
 
@@ -69,12 +79,16 @@ TESTED = "another light in test, its statistics"
 TORCH, KERAS, LONG = "momentum 0.1", "momentum 0.01", "momentum 0.01, long"
 POPULATION = "momentum 0.01, recalibrated"
 BLOCKED = "groups of 16, two classes each"
+DECAY, RATE = "weight decay", "growing rate instead"
 
 POINTS = 0.03
 SOONER = 1.5  # times fewer steps
 RATES = 8.0  # times larger rates: arXiv:1502.03167 used 5 and 30, arXiv:1806.02375 puts the benefit there
 LEVEL = 1.1  # behind batch norm the spread is 1, but for epsilon and channels that are constant
 FADES = 2.0
+SMOOTHER = 2.0  # times: the curves of arXiv:1805.11604 lie further apart, by up to a hundred
+BALANCE = 1.2  # times: what batches and few probes leave of a prediction that is exact in the mean
+RESTS = 0.05  # of the norm of weights, over a quarter of the training
 _WITHOUT_BOUND = 1e6  # of a signal that has died or is not finite
 
 
@@ -207,6 +221,61 @@ def non_iid(found: Measurements) -> Iterator[Check]:
     yield exceeds(f"{batch.label}: training mode better than evaluation mode", batch.gaps, 0.15)
     for norm in ("group", "renorm"):
         yield at_least(found.one(norm, BLOCKED), batch, 0.1)
+
+
+def covariate_shift(found: Measurements) -> Iterator[Check]:
+    """A layer's gradient changes less when the layers before it move: its length and its direction."""
+    for where, batch, none in _at_rates(found):
+        yield at_least_times(
+            f"{where}: a layer's gradient changes by {_medians(none, batch, 'difference')}:",
+            _ratios(none, batch, "difference"),
+            1,
+        )
+        turned = [b - n for b, n in zip(batch.cosine, none.cosine, strict=False)]
+        yield positive(f"{where}: cosine of the two {_medians(none, batch, 'cosine')}; more with it by", turned)
+
+
+def smoothness(found: Measurements) -> Iterator[Check]:
+    """Along the gradient the loss and its slope change less."""
+    said = {"smoothness": "beta", "change": "the gradient changes by", "variation": "the loss varies by"}
+    for where, batch, none in _at_rates(found):
+        for name, what in said.items():
+            shown = f"{where}: {what} {_medians(none, batch, name)}:"
+            yield at_least_times(shown, _ratios(none, batch, name), SMOOTHER)
+
+
+def weight_decay(found: Measurements) -> Iterator[Check]:
+    """It holds the size of the weights, and with it the turn of a step; a growing rate does the same."""
+    free, held, grown = (found.one("batch", arm) for arm in (USUAL, DECAY, RATE))
+    without, with_decay = free.at(free.best_lr), held.at(held.best_lr)
+    yield at_least_times("without decay the weights grow", without.growth, 1)
+    rests = bool(with_decay.drift) and max(with_decay.drift) < RESTS
+    for check in (
+        near("with decay their norm is, over the one that is predicted,", with_decay.resting, BALANCE),
+        near("with decay a step turns them, over the angle that is predicted,", with_decay.turned, BALANCE),
+    ):
+        yield check if rests else Check(f"{check.said}; they do not rest yet", None)
+    yield alike(held, grown, POINTS)
+    yield differs(found.one("none", DECAY), found.one("none", RATE), POINTS)
+
+
+def _at_rates(found: Measurements) -> Iterator[tuple[str, Probed, Probed]]:
+    """With batch norm and without: at the largest rate that works without, and each at its own best one."""
+    batch, none = found.one("batch"), found.one("none")
+    pairs = dict.fromkeys([(none.largest, none.largest), (batch.best_lr, none.best_lr)])
+    for a, b in pairs:
+        rates = "no rate" if None in (a, b) else f"rate {a:g}" if a == b else f"best rates, {b:g} and {a:g}"
+        yield rates, batch.at(a), none.at(b)
+
+
+def _ratios(first: Probed, second: Probed, name: str) -> list[float]:
+    pairs = list(zip(getattr(first, name), getattr(second, name), strict=False))
+    return [a / b for a, b in pairs] if all(min(pair) > 0 for pair in pairs) else []  # 0 is no number of times
+
+
+def _medians(none: Probed, batch: Probed, name: str) -> str:
+    shown = [f"{statistics.median(v):.3g}" if v else "unknown" for v in (getattr(p, name) for p in (none, batch))]
+    return f"{shown[0]} without norm, {shown[1]} with it"
 
 
 def _compared(more: Measured, fewer: Measured) -> bool | None:

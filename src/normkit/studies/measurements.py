@@ -10,6 +10,7 @@ from typing import Any
 from normkit.experiments import Comparison
 from normkit.experiments.analysis import Group, VariantSummary
 from normkit.experiments.results import TrialResult, unpacked
+from normkit.studies.probed import Probed, probed
 
 __all__ = ["USUAL", "Measured", "Measurements", "measured"]
 
@@ -41,6 +42,7 @@ class Measured:
         depths: standard deviations at the inputs of the activations at initialization, first layer to last, per seed.
         examples: number of test examples, 0 where it is not known.
         trained: seconds of training in all runs.
+        probed: what the probes say at each rate, where the circumstance asks for them.
     """
 
     arm: str
@@ -63,6 +65,7 @@ class Measured:
     depths: tuple[tuple[float, ...], ...] = ()
     examples: int = 0
     trained: float = 0.0
+    probed: tuple[Probed, ...] = ()
 
     @property
     def label(self) -> str:
@@ -86,9 +89,19 @@ class Measured:
         """Standard deviation of `final` between seeds."""
         return statistics.stdev(self.final) if len(self.final) > 1 else None
 
+    def at(self, rate: float | None) -> Probed:
+        """What the probes say at this rate; nothing where it was not tried."""
+        return next((found for found in self.probed if found.lr == rate), Probed(rate or 0.0))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "label": self.label, "mean": self.mean, "spread": self.spread}
+        return {
+            **asdict(self),
+            "probed": [one._asdict() for one in self.probed],
+            "label": self.label,
+            "mean": self.mean,
+            "spread": self.spread,
+        }
 
 
 class Measurements:
@@ -155,7 +168,14 @@ def _measured(comparison: Comparison, group: Group, variant: VariantSummary, arm
         depths=tuple(tuple(site.std for site in snapshot.sites) for snapshot in first),
         examples=examples,
         trained=sum(trial.seconds for trial in trials),
+        probed=tuple(_probed(trials, rate.lr) for rate in variant.rates)
+        if trials[0].config.conditions.landscape
+        else (),
     )
+
+
+def _probed(trials: list[TrialResult], lr: float) -> Probed:
+    return probed(lr, sorted((trial for trial in trials if trial.config.lr == lr), key=lambda trial: trial.config.seed))
 
 
 def _belongs(trial: TrialResult, group: Group, variant: VariantSummary) -> bool:

@@ -24,11 +24,14 @@ __all__ = [
     "below",
     "combined",
     "decided",
+    "differs",
     "exceeds",
     "fewer_steps",
     "learns",
     "less_time",
+    "near",
     "not_worse",
+    "positive",
     "similar_steps",
     "wider",
 ]
@@ -101,12 +104,14 @@ def alike(first: Measured, second: Measured, margin: float) -> Check:
     if _lost(first, second) is not None:
         return Check(_lost_words(first, second), None if not (first.final or second.final) else False)
     found = _difference(first, second)
-    holds: bool | None = None
-    if found.low is not None and found.high is not None:
-        inside = -margin < found.low and found.high < margin
-        outside = found.low > margin or found.high < -margin
-        holds = True if inside else False if outside else None
-    return Check(f"{_pair(first, second, found)}; asked for: within {_points(margin)}", holds)
+    return Check(f"{_pair(first, second, found)}; asked for: within {_points(margin)}", _within(found, margin))
+
+
+def differs(first: Measured, second: Measured, margin: float) -> Check:
+    """Whether they are further apart than `margin`, in whichever direction: the opposite of :func:`alike`."""
+    opposite = alike(first, second, margin)
+    said = opposite.said.replace("asked for: within", "asked for: further apart than")
+    return Check(said, None if opposite.holds is None else not opposite.holds)
 
 
 def exceeds(what: str, values: Sequence[float], margin: float) -> Check:
@@ -139,6 +144,20 @@ def at_most_times(what: str, factors: Sequence[float], factor: float) -> Check:
     return Check(said, None if opposite.holds is None else not opposite.holds)
 
 
+def near(what: str, factors: Sequence[float], factor: float) -> Check:
+    """Whether the geometric mean of one factor per seed is near 1: all of its interval within `factor`, or outside."""
+    found = estimate([math.log(value) for value in factors]) if factors else Estimate(math.nan)
+    return Check(f"{what} {_times(found)}; asked for: within {factor:g} times", _within(found, math.log(factor)))
+
+
+def positive(what: str, values: Sequence[float]) -> Check:
+    """Whether the mean of one value per seed is above 0: all of its interval above it, or below."""
+    found = estimate(values) if values else Estimate(math.nan)
+    holds = _judged(found, lambda low: low > 0, lambda high: high < 0)
+    ends = f" [{found.low:+.2f}, {found.high:+.2f}]" if found.low is not None and found.high is not None else ""
+    return Check(f"{what}: {found.value:+.2f}{ends}; asked for: more than 0", holds)
+
+
 # ---- checks of steps, seconds and rates
 
 
@@ -164,11 +183,7 @@ def similar_steps(first: Measured, second: Measured, factor: float) -> Check:
     if None in first.steps or None in second.steps or not first.steps:
         return Check(f"{said}; not every seed got there", None)
     found = _ratio(first.steps, second.steps, first.budget, second.budget)
-    holds: bool | None = None
-    if found.low is not None and found.high is not None:
-        inside = -math.log(factor) < found.low and found.high < math.log(factor)
-        outside = found.low > math.log(factor) or found.high < -math.log(factor)
-        holds = True if inside else False if outside else None
+    holds = _within(found, math.log(factor))
     return Check(f"{said}: {_times(found)}; asked for: neither {factor:g} times the other", holds)
 
 
@@ -209,6 +224,15 @@ def _judged(found: Estimate, true: Callable[[float], bool], false: Callable[[flo
     if found.low is None or found.high is None:
         return None
     return True if true(found.low) else False if false(found.high) else None
+
+
+def _within(found: Estimate, margin: float) -> bool | None:
+    """Whether all of the interval lies within `margin` of 0, or all of it outside; open else."""
+    if found.low is None or found.high is None:
+        return None
+    inside = -margin < found.low and found.high < margin
+    outside = found.low > margin or found.high < -margin
+    return True if inside else False if outside else None
 
 
 def _lost(first: Measured, second: Measured) -> Check | None:

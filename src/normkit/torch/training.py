@@ -15,12 +15,14 @@ from normkit.errors import NormValueError, message
 from normkit.surgery.recalibration import recalibrate
 from normkit.surgery.variants import normalized
 from normkit.torch import objectives
+from normkit.torch.decay import decayed
 from normkit.torch.factory import norm_factory
+from normkit.torch.landscape import TorchSurface, vectors
 from normkit.torch.models import build, weighted_layers
 from normkit.torch.probe import as_tensors, check_sized, forward, probe, untouched
 
 if TYPE_CHECKING:
-    from normkit.experiments.protocol import Batch, Scores, Setup, SiteValues
+    from normkit.experiments.protocol import Batch, Scores, Setup, SiteValues, Vector
 
 __all__ = [
     "TorchTrainer",
@@ -115,6 +117,14 @@ class TorchTrainer:
         layers = weighted_layers(self.network)
         return {f"layer {number}": layer.weight.detach().cpu().numpy().copy() for number, layer in enumerate(layers)}
 
+    def layers(self) -> list[Vector]:
+        """A copy of the parameters, layer by layer."""
+        return vectors(self.network)
+
+    def surface(self, x: Any, y: Any) -> TorchSurface:
+        """The loss of this batch as a function of the parameters; using it changes nothing of the network."""
+        return TorchSurface(self.network, self._loss, x, y)
+
     def _outputs(self, x: Any) -> Any:
         try:
             return forward(self.network, as_tensors(x, self.network))
@@ -149,7 +159,13 @@ def trainer(setup: Setup) -> TorchTrainer:
         )
     else:
         network = _built(setup.model, setup)
-    optimizer = objectives.optimizer_for(setup.optimizer, list(network.parameters()), setup.lr, setup.momentum)
+    if decay := setup.conditions.weight_decay:
+        if setup.optimizer != "sgd":
+            raise NormValueError(message("`weight_decay` must be asked of the optimizer sgd", str(setup.optimizer)))
+        as_rate = setup.conditions.decay_as == "rate"
+        optimizer: torch.optim.Optimizer = decayed(network, setup.lr, setup.momentum, decay, as_rate=as_rate)
+    else:
+        optimizer = objectives.optimizer_for(setup.optimizer, list(network.parameters()), setup.lr, setup.momentum)
     return TorchTrainer(network, optimizer, setup.loss, setup.metric)
 
 
