@@ -131,6 +131,7 @@ class Conditions:
         "gamma": Optional(Real(0.0, above=True)),
     }
     _DATA: ClassVar[tuple[str, ...]] = ("label_noise", "outliers", "appearance", "by_class")
+    _BOTH: ClassVar[tuple[str, ...]] = ("sequences",)  # of the data, and of the network that reads them
     _TORCH: ClassVar[tuple[str, ...]] = ("population",)  # of any network of PyTorch; the others: of the embedded ones
 
     def __post_init__(self) -> None:
@@ -162,7 +163,7 @@ class Conditions:
     @property
     def of_data(self) -> tuple[str, ...]:
         """The names of those changes that only arrays allow."""
-        return tuple(name for name in self.changes() if name in self._DATA)
+        return tuple(name for name in self.changes() if name in (*self._DATA, *self._BOTH))
 
     @property
     def of_torch(self) -> tuple[str, ...]:
