@@ -107,8 +107,8 @@ def holds(seeds=5):
             one("batch", names.MASKED, 0.9, **few),
             one("batch", names.STEPS, 0.92, **few),
             one("batch", names.LARGE, 0.85, **few),
-            one("layer", names.MASKED, 0.92, **few),
-            one("none", names.MASKED, 0.9, **few),
+            one("layer", names.ALONE, 0.92, **few),
+            one("none", names.ALONE, 0.9, **few),
         ],
         "non-iid": [
             one("batch", names.BLOCKED, 0.3, gap=0.6, **few),

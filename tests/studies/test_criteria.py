@@ -31,8 +31,8 @@ NOT = {
         ("batch", names.COUNTED, {"mean": 0.95}),
         ("batch", names.MASKED, {"mean": 0.95}),
         ("batch", names.STEPS, {"mean": 0.85}),
-        ("layer", names.MASKED, {"mean": 0.7}),
-        ("none", names.MASKED, {"mean": 0.95}),
+        ("layer", names.ALONE, {"mean": 0.7}),
+        ("none", names.ALONE, {"mean": 0.95}),
     ],
     "inputs": [
         ("batch", USUAL, {"inputs": "none", "mean": 0.7}),

@@ -60,9 +60,7 @@ def test_weights_start_alike():
     starts = [
         (n.front.weight if n.front is not None else n.lstm.weight_ih_l0, n.lstm.weight_hh_l0, n.classifier.weight)
         for n in (
-            built("none", sequences="masked"),
-            built("batch", sequences="steps"),
-            built("batch", sequences="masked"),
+            built(norm, sequences=how) for norm, how in (("none", "masked"), ("batch", "steps"), ("batch", "masked"))
         )
     ]
     for start in starts[1:]:

@@ -34,6 +34,7 @@ from normkit.studies.verdict import (
 )
 
 __all__ = [
+    "ALONE",
     "BLOCKED",
     "COUNTED",
     "DECAY",
@@ -85,7 +86,7 @@ TORCH, KERAS, LONG = "momentum 0.1", "momentum 0.01", "momentum 0.01, long"
 POPULATION = "momentum 0.01, recalibrated"
 BLOCKED = "groups of 16, two classes each"
 COUNTED, MASKED = "one statistic, padding counted", "one statistic, padding masked"
-STEPS, LARGE = "statistics per step", "statistics per step, gamma 1"
+ALONE, STEPS, LARGE = "each sequence alone", "statistics per step", "statistics per step, gamma 1"
 DECAY, RATE = "weight decay", "growing rate instead"
 
 POINTS = 0.03
@@ -236,8 +237,8 @@ def recurrent(found: Measurements) -> Iterator[Check]:
     yield at_least(masked, found.one("batch", COUNTED), POINTS)
     yield not_worse(steps, masked, POINTS)
     yield at_least(steps, found.one("batch", LARGE), POINTS)
-    yield not_worse(found.one("layer", MASKED), steps, POINTS)
-    yield not_worse(steps, found.one("none", MASKED), POINTS)
+    yield not_worse(found.one("layer", ALONE), steps, POINTS)
+    yield not_worse(steps, found.one("none", ALONE), POINTS)
 
 
 def covariate_shift(found: Measurements) -> Iterator[Check]:

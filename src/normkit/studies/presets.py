@@ -371,7 +371,7 @@ _ALL = (
                 ),
                 models=("mlp",),
             ),
-            Part(("none", "layer"), (Arm(names.MASKED, Conditions(sequences="masked")),), models=("mlp",)),
+            Part(("none", "layer"), (Arm(names.ALONE, Conditions(sequences="masked")),), models=("mlp",)),
         ),
         names.recurrent,
         full=Effort((0.01, 0.03, 0.1, 0.3), 5, 20, ("mlp",)),
