@@ -102,6 +102,14 @@ def holds(seeds=5):
             one("batch", names.SHIFTED, 0.8, **few),
             one("batch", names.TESTED, 0.95, **few),
         ],
+        "recurrent": [
+            one("batch", names.COUNTED, 0.8, **few),
+            one("batch", names.MASKED, 0.9, **few),
+            one("batch", names.STEPS, 0.92, **few),
+            one("batch", names.LARGE, 0.85, **few),
+            one("layer", names.ALONE, 0.92, **few),
+            one("none", names.ALONE, 0.9, **few),
+        ],
         "non-iid": [
             one("batch", names.BLOCKED, 0.3, gap=0.6, **few),
             one("group", names.BLOCKED, 0.95, **few),

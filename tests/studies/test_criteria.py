@@ -27,6 +27,13 @@ def test_two_seeds_are_not_enough(name):
 
 # What must come out otherwise for nothing of the claim to hold, and for a part of it.
 NOT = {
+    "recurrent": [
+        ("batch", names.COUNTED, {"mean": 0.95}),
+        ("batch", names.MASKED, {"mean": 0.95}),
+        ("batch", names.STEPS, {"mean": 0.85}),
+        ("layer", names.ALONE, {"mean": 0.7}),
+        ("none", names.ALONE, {"mean": 0.95}),
+    ],
     "inputs": [
         ("batch", USUAL, {"inputs": "none", "mean": 0.7}),
         ("none", names.FIRST, {"mean": 0.6}),
@@ -74,6 +81,7 @@ NOT = {
     ],
 }
 PART = {
+    "recurrent": [("batch", names.COUNTED, {"mean": 0.9})],
     "inputs": [("none", names.FIRST, {"inputs": "none", "mean": 0.6})],
     "convergence": [("batch", USUAL, {"mean": 0.8})],
     "learning-rate": [("none", USUAL, {"usable": RATES[:2]}), ("batch", USUAL, {"usable": (*RATES[:2], 0.05)})],

@@ -21,8 +21,10 @@ __all__ = [
     "DECAYS",
     "OUTLIER",
     "POPULATIONS",
+    "SEQUENCES",
     "Conditions",
     "by_pairs",
+    "cut",
     "lit",
     "spoiled_inputs",
     "spoiled_labels",
@@ -32,11 +34,14 @@ OUTLIER = 10.0  # an outlier is a sample so many times as large
 APPEARANCES = ("", "random", "tied", "swapped", "shifted")
 POPULATIONS = ("", "training", "test")
 DECAYS = ("", "rate")
-_NOISE, _OUTLIERS, _LIGHT, _PAIRS = (
+SEQUENCES = ("", "counted", "masked", "steps")
+SHORTEST = 3  # rows of a sequence
+_NOISE, _OUTLIERS, _LIGHT, _PAIRS, _LENGTHS = (
     2,
     3,
     4,
     5,
+    6,
 )  # of the seeds: what is spoiled is the same for all variants and all trials
 _CONTRAST, _BRIGHTNESS = (0.4, 1.6), (-0.5, 0.5)  # between these; brightness in units of the largest pixel
 _DARK = 0.5, 1.0  # contrast and brightness of the test images of `shifted`: pale, and as bright as can be
@@ -64,6 +69,14 @@ class Conditions:
         input_norm: begin with batch norm.
         norm_batch: samples that share batch statistics in training, None for all of a batch.
         momentum: what a batch adds to running statistics, by PyTorch's convention; Keras' 0.99 is 0.01 here.
+
+    Of images read row by row, in PyTorch's perceptron, whose place an LSTM takes:
+
+    Attributes:
+        sequences: every image is cut to its first rows, 3 to all, and padded with zeros. What batch norm does: one
+            statistic over time with the padding in it (`counted`) or without it (`masked`), both of W x alone; or
+            statistics of each step, of W x, U h and c, without padding (`steps`). Other norms never see padding.
+        gamma: first value of all gains of the LSTM; None keeps that of each layer.
 
     Of the evaluation, in PyTorch:
 
@@ -96,6 +109,8 @@ class Conditions:
     weight_decay: float = 0.0
     decay_as: str = ""
     landscape: int = 0
+    sequences: str = ""
+    gamma: float | None = None
 
     CONSTRAINTS: ClassVar[dict[str, Constraint]] = {
         "label_noise": Real(0.0, 1.0),
@@ -112,14 +127,19 @@ class Conditions:
         "weight_decay": Real(0.0),
         "decay_as": OneOf(DECAYS),
         "landscape": Integer(0),
+        "sequences": OneOf(SEQUENCES),
+        "gamma": Optional(Real(0.0, above=True)),
     }
     _DATA: ClassVar[tuple[str, ...]] = ("label_noise", "outliers", "appearance", "by_class")
+    _BOTH: ClassVar[tuple[str, ...]] = ("sequences",)  # of the data, and of the network that reads them
     _TORCH: ClassVar[tuple[str, ...]] = ("population",)  # of any network of PyTorch; the others: of the embedded ones
 
     def __post_init__(self) -> None:
         check("Conditions", self.CONSTRAINTS, asdict(self))
         if self.decay_as and not self.weight_decay:
             raise NormValueError(message("`decay_as` must come with a `weight_decay` above 0", self.decay_as))
+        if self.gamma is not None and not self.sequences:
+            raise NormValueError(message("`gamma` must come with `sequences`", f"{self.gamma:g}"))
 
     @classmethod
     def made(cls, value: Conditions | Mapping[str, Any]) -> Conditions:
@@ -143,7 +163,7 @@ class Conditions:
     @property
     def of_data(self) -> tuple[str, ...]:
         """The names of those changes that only arrays allow."""
-        return tuple(name for name in self.changes() if name in self._DATA)
+        return tuple(name for name in self.changes() if name in (*self._DATA, *self._BOTH))
 
     @property
     def of_torch(self) -> tuple[str, ...]:
@@ -192,6 +212,17 @@ def lit(
         column = (slice(None), None, None, None)
         shown.append((contrast[column] * x + top * brightness[column]).astype(np.float32))
     return shown[0], shown[1]
+
+
+def cut(x: NDArray[Any], part: int) -> NDArray[np.float32]:
+    """Images (N, C, H, W) cut to 3 to H rows, padded with 0: (N, C + 1, H, W), the last channel 1 where a row is real.
+
+    The lengths are drawn evenly, for each part with its own number.
+    """
+    lengths = np.random.default_rng([_LENGTHS, part]).integers(min(SHORTEST, x.shape[2]), x.shape[2] + 1, len(x))
+    real = np.arange(x.shape[2]) < lengths[:, None]
+    shown = np.broadcast_to(real[:, None, :, None], (len(x), 1, *x.shape[2:]))
+    return np.concatenate([x * shown, shown], axis=1).astype(np.float32)
 
 
 def by_pairs(y: NDArray[Any], seed: int, epoch: int, batch: int) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normkit.errors import MissingExtraError, NormValueError, message
-from normkit.experiments.conditions import AS_USUAL, Conditions, lit, spoiled_inputs, spoiled_labels
+from normkit.experiments.conditions import AS_USUAL, Conditions, cut, lit, spoiled_inputs, spoiled_labels
 
 __all__ = [
     "DEFAULT_DATA",
@@ -180,6 +180,8 @@ def prepare(data: Dataset, inputs: str, conditions: Conditions = AS_USUAL) -> Pr
         x, test = lit(conditions.appearance, data.train, data.test, data.classes or 1)
     mine = spoiled_inputs(x[rest], conditions.outliers) if conditions.outliers else x[rest]
     xs = scale(inputs, mine, x[held], test)
+    if conditions.sequences:  # after scaling, so that padding is 0
+        xs = [cut(part, number) for number, part in enumerate(xs)]
     ys = [y[rest], y[held], data.test.y]
     if conditions.label_noise:
         ys[0] = spoiled_labels(ys[0], conditions.label_noise, data.outputs)

@@ -111,8 +111,10 @@ class ArrayFeed(Feed):
         for name in ("label_noise", "by_class", "appearance"):
             if getattr(conditions, name) and self.classes is None:
                 raise NormValueError(message(f"{name} must be asked of data with classes", "numbers to predict"))
-        if conditions.appearance and not self.data.is_images:
-            raise NormValueError(message("appearance must be asked of images", f"rows of {self.data.shape[0]} columns"))
+        for name in ("appearance", "sequences"):
+            if getattr(conditions, name) and not self.data.is_images:
+                got = f"rows of {self.data.shape[0]} columns"
+                raise NormValueError(message(f"{name} must be asked of images", got))
         return ArrayFeed(self.data, conditions)
 
     def _parts(self, inputs: str) -> Prepared:

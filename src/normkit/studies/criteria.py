@@ -34,18 +34,23 @@ from normkit.studies.verdict import (
 )
 
 __all__ = [
+    "ALONE",
     "BLOCKED",
+    "COUNTED",
     "DECAY",
     "DROPOUT",
     "FIRST",
     "KERAS",
     "LABELS",
+    "LARGE",
     "LONG",
+    "MASKED",
     "OUTLIERS",
     "POPULATION",
     "RANDOM",
     "RATE",
     "SHIFTED",
+    "STEPS",
     "SWAPPED",
     "TESTED",
     "TIED",
@@ -64,6 +69,7 @@ __all__ = [
     "non_iid",
     "overhead",
     "placement",
+    "recurrent",
     "regularization",
     "smoothness",
     "train_eval_gap",
@@ -79,6 +85,8 @@ TESTED = "another light in test, its statistics"
 TORCH, KERAS, LONG = "momentum 0.1", "momentum 0.01", "momentum 0.01, long"
 POPULATION = "momentum 0.01, recalibrated"
 BLOCKED = "groups of 16, two classes each"
+COUNTED, MASKED = "one statistic, padding counted", "one statistic, padding masked"
+ALONE, STEPS, LARGE = "each sequence alone", "statistics per step", "statistics per step, gamma 1"
 DECAY, RATE = "weight decay", "growing rate instead"
 
 POINTS = 0.03
@@ -221,6 +229,16 @@ def non_iid(found: Measurements) -> Iterator[Check]:
     yield exceeds(f"{batch.label}: training mode better than evaluation mode", batch.gaps, 0.15)
     for norm in ("group", "renorm"):
         yield at_least(found.one(norm, BLOCKED), batch, 0.1)
+
+
+def recurrent(found: Measurements) -> Iterator[Check]:
+    """Padding in the statistics costs; each step its own loses nothing; gamma begins small; layer norm as good."""
+    steps, masked = found.one("batch", STEPS), found.one("batch", MASKED)
+    yield at_least(masked, found.one("batch", COUNTED), POINTS)
+    yield not_worse(steps, masked, POINTS)
+    yield at_least(steps, found.one("batch", LARGE), POINTS)
+    yield not_worse(found.one("layer", ALONE), steps, POINTS)
+    yield not_worse(steps, found.one("none", ALONE), POINTS)
 
 
 def covariate_shift(found: Measurements) -> Iterator[Check]:

@@ -358,6 +358,34 @@ _ALL = (
         repeated="mlp on digits, quick version, 3 seeds each: 4 x holds partly",
     ),
     Study(
+        "recurrent",
+        "In a recurrent network batch norm needs statistics of each time step, without padding, and gains that begin "
+        "at 0.1; layer norm needs none of that.",
+        "Images are read row by row by an LSTM of 32 units, in PyTorch alone; every image is cut to its first rows, 3 "
+        "to all, and padded. Batch norm with one statistic over time, of W x (arXiv:1510.01378), padding counted or "
+        "not; of each step (arXiv:1603.09025) with gains of 0.1 and 1; layer norm (arXiv:1607.06450), and no norm.",
+        "The LSTM takes the place of the perceptron, and is called mlp. One statistic over time cannot be had of U h, "
+        "so the two forms of batch norm differ in what they normalize as well. Sequences are short, and rows that "
+        "were cut are missing from the test part too.",
+        (
+            Part(
+                ("batch",),
+                (
+                    Arm(names.COUNTED, Conditions(sequences="counted")),
+                    Arm(names.MASKED, Conditions(sequences="masked")),
+                    Arm(names.STEPS, Conditions(sequences="steps", gamma=0.1)),
+                    Arm(names.LARGE, Conditions(sequences="steps", gamma=1.0)),
+                ),
+                models=("mlp",),
+            ),
+            Part(("none", "layer"), (Arm(names.ALONE, Conditions(sequences="masked")),), models=("mlp",)),
+        ),
+        names.recurrent,
+        full=Effort((0.01, 0.03, 0.1, 0.3), 5, 20, ("mlp",)),
+        quick=Effort((0.03, 0.1), 3, 10, ("mlp",)),
+        figures=("curves", "final"),
+    ),
+    Study(
         "covariate-shift",
         "Each update assumes that the other layers stay as they are; batch norm helps because a layer's gradient "
         "changes less once the layers before it have moved.",

@@ -120,6 +120,9 @@ def _run(
             raise NormValueError(message("`cnn` must be given images", f"{loaded}", "use mlp"))
         for model in models:
             parts = study.parts_for(model)
+            if not parts:
+                others = " and ".join(dict.fromkeys(name for part in study.parts for name in part.models))
+                raise NormValueError(message(f"`model` of {study.name} must be {others}", model))
             comparisons = tuple(compared(part, effort, model, data, **shared) for part in parts)
             pairs = zip(parts, comparisons, strict=True)
             found = Measurements(m for part, comparison in pairs for m in measured(comparison, part.names()))

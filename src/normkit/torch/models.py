@@ -14,6 +14,7 @@ from normkit.core.catalog import CATALOG
 from normkit.errors import NormValueError, message
 from normkit.torch.factory import norm_layer
 from normkit.torch.layers import GhostBatchNorm1d, GhostBatchNorm2d
+from normkit.torch.sequences import RowLSTM
 
 if TYPE_CHECKING:
     from normkit.experiments.conditions import Conditions
@@ -50,7 +51,7 @@ def build(
     seed: int,
     groups: int = 1,
     conditions: Conditions | None = None,
-) -> nn.Sequential:
+) -> nn.Module:
     """Build `cnn` or `mlp` with `norm` `before` or `after` every activation, and none after the classifier.
 
     A norm that is an activation as well takes its place.
@@ -61,6 +62,13 @@ def build(
     NormValueError.
     """
     asked: dict[str, Any] = conditions.changes() if conditions is not None else {}
+    if sequences := asked.get("sequences"):
+        if model != "mlp":
+            raise NormValueError(message("`sequences` must be asked of mlp, whose place an LSTM takes", model))
+        others = [name for name in conditions.of_network if name not in ("sequences", "gamma")] if conditions else []
+        if others:
+            raise NormValueError(message("`sequences` must come without other changes of network", ", ".join(others)))
+        return RowLSTM(shape, classes, norm, sequences, asked.get("gamma"), seed)
     dropout, depth = asked.get("dropout", 0.0), asked.get("depth") or _DEPTH[model]
 
     def block(layer: nn.Module, features: int, spatial: int) -> list[nn.Module]:
