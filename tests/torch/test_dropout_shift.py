@@ -1,9 +1,9 @@
 """The shift of variance between dropout and a batch norm behind it, against its formula (arXiv:1801.05134).
 
 Dropout that keeps a share p of inputs with mean c and variance v gives batch norm in training the variance
-(c^2 + v) / p - c^2, which is what it keeps; in evaluation there comes v. Through a linear layer with weights w, where any
-two inputs have the correlation rho, both become A times that, plus rho v B, with A = sum w_i^2 and B the sum of w_i w_j
-over all i != j.
+(c^2 + v) / p - c^2, which is what it keeps; in evaluation there comes v. Through a linear layer with weights w, where
+any two inputs have the correlation rho, both become A times that, plus rho v B, with A = sum w_i^2 and B the sum of
+w_i w_j over all i != j.
 """
 
 import itertools
