@@ -7,16 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 import normkit.torch as nk
 from normkit.core import catalog
-from normkit.core.activated_reference import activated_reference
 from normkit.core.spec import NormSpec
 from normkit.testing import LAYOUTS, Call, Subject
-from normkit.testing.precision import rounded
+from normkit.testing.parameters import further_oracle, further_values
 from normkit.testing.torch import layer_subject
 
 SHAPES = {
@@ -123,19 +121,6 @@ def our_entries() -> dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]]:
     return found | further_entries()
 
 
-# Values of tau, v and alpha that lie to both sides of what they are compared with.
-OTHERS = {"tau": (-0.4, 0.6), "v": (0.3, 1.2), "alpha": (0.4, 0.8)}
-
-
-def others(spec: NormSpec, features: Sequence[int], dtype: str) -> dict[str, Any]:
-    """Return values of the further parameters, rounded to float32, in which a layer is built, and to the type."""
-    rng = np.random.default_rng(len(spec.name))
-    return {
-        name: rounded(rounded(rng.uniform(*OTHERS[name], 1 if name == "alpha" else features), "float32"), dtype)
-        for name, _ in spec.others
-    }
-
-
 def further(
     spec: NormSpec, make: Callable[..., nn.Module], features: Callable[[Any], Any] = lambda shape: (shape[1],)
 ) -> tuple[Callable[[str], Callable[..., nn.Module]], dict[str, Any]]:
@@ -145,19 +130,13 @@ def further(
         def build(call: Call, shape: Any) -> nn.Module:
             layer = make(call, shape)
             with torch.no_grad():
-                for name, value in others(spec, features(shape), dtype).items():
+                for name, value in further_values(spec, features(shape), dtype).items():
                     getattr(layer, name).copy_(torch.from_numpy(value))
             return layer
 
         return build
 
-    def oracle_of(dtype: str) -> Any:
-        def oracle(spec: NormSpec, x: Any, *args: Any, **options: Any) -> Any:
-            return activated_reference(spec, x, *args, others=others(spec, features(x.shape), dtype), **options)
-
-        return oracle
-
-    return of_type, {"spec": spec, "oracle": oracle_of}
+    return of_type, {"spec": spec, "oracle": lambda dtype: further_oracle(dtype, features)}
 
 
 def learned(call: Call, shape: Any) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 from nnx_required import nnx
 
 import normkit.nnx as nk
@@ -14,6 +15,7 @@ from normkit.core import catalog
 from normkit.core.spec import NormSpec
 from normkit.testing import Call, Subject
 from normkit.testing.nnx import DTYPES, layer_subject
+from normkit.testing.parameters import further_oracle, further_values
 
 MAP = (5, 6, 3, 2)
 
@@ -85,8 +87,42 @@ ENTRIES = {
 }
 
 
+def further(kind: Callable[..., nnx.Module], spec: NormSpec, **known: Any) -> tuple[Any, dict[str, Any]]:
+    """The entry of a layer with parameters of its own. The oracle is given the same values of them."""
+
+    def build(call: Call, shape: Any, dtype: Any) -> nnx.Module:
+        options: dict[str, Any] = {} if kind is nk.DynamicTanh else {"epsilon": call.eps}
+        if kind is nk.EvoNormS0:
+            options["groups"] = math.gcd(3, shape[1])
+        if kind is nk.EvoNormB0:
+            layer = batch(kind, *CHOOSES, bessel=True)(call, shape, dtype)
+        else:
+            layer = kind(features(shape)[0], dtype=dtype, rngs=nnx.Rngs(0), **options)
+        for name, value in further_values(spec, features(shape), "float32").items():
+            variable = getattr(layer, name)
+            variable[...] = jnp.asarray(value, variable.dtype).reshape(variable.shape)
+        return layer
+
+    def features(shape: Any) -> tuple[int, ...]:
+        return (shape[-1 if "*c" in spec.affine_names else 1],)
+
+    own = {"oracle": further_oracle("float32", features), **known}
+    return entry(build, spec, (4, 3, 6) if "*c" in spec.affine_names else MAP, **own)
+
+
+FURTHER = {
+    "FilterResponseNorm": further(nk.FilterResponseNorm, catalog.FRN, **POSITIONS),
+    "EvoNormB0": further(nk.EvoNormB0, catalog.EVONORM_B0, **KEPT, bessel=True),
+    "EvoNormS0": further(
+        nk.EvoNormS0, catalog.EVONORM_S0, **POSITIONS, sizes=lambda shape: (("g", math.gcd(3, shape[1])),)
+    ),
+    "DynamicTanh": further(nk.DynamicTanh, catalog.DYNAMIC_TANH, **ROWS),
+    "GlobalResponseNorm": further(nk.GlobalResponseNorm, catalog.GLOBAL_RESPONSE, masks=True),
+}
+
+
 def subject(name: str, dtype: str) -> Subject:
-    build, known = ENTRIES[name]
+    build, known = (ENTRIES | FURTHER)[name]
     # XLA chooses its loops by the shape of the batch, and with them the order of a sum.
     return layer_subject(
         f"{name}-{dtype}",
