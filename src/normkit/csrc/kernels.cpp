@@ -300,8 +300,9 @@ struct Patch {
 constexpr Index PATCHED = 256;    // values of a run, below which rows are patched together
 constexpr Index PATCH = 768;      // values of a piece: eight arrays of them stay in the nearest cache
 
+// With a single run each array would be filled as often as it is used.
 inline bool patched(const Rows& g, const Tensors& t) {
-    return g.affine == PER_ROW && g.span < PATCHED && g.inner_stride == g.span && !t.given;
+    return g.affine == PER_ROW && g.runs > 1 && g.span < PATCHED && g.inner_stride == g.span && !t.given;
 }
 
 inline Index patch_rows(const Rows& g) { return PATCH / g.span < 1 ? 1 : PATCH / g.span; }
