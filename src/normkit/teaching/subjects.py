@@ -18,7 +18,7 @@ from normkit.core.schedule import RenormSchedule
 from normkit.core.spec import NormSpec
 from normkit.errors import NormTypeError, NormValueError, message
 from normkit.frameworks import framework_of, part
-from normkit.surgery.protocol import porting
+from normkit.surgery.protocol import porting, recording
 from normkit.teaching.entries import ENTRIES
 from normkit.teaching.forms import title_of
 
@@ -168,8 +168,8 @@ def _further(name: str, layer: Any) -> Subject:
     if missing:
         must = f"`layer` must have its {missing[0]}"
         raise NormValueError(message(must, f"{kind} without: only gamma x + beta is left of it"))
-    last, sizes = _channels_last(layer), {"g": getattr(layer, "groups", None)}
-    known: Sizes = tuple((axis, int(size)) for axis, size in sizes.items() if size is not None)
+    last, groups = _channels_last(layer), getattr(layer, "groups", None)
+    known: Sizes = () if groups is None else (("g", int(groups)),)
     if "*c" in spec.affine_names:
         spec = spec if last or gamma.ndim > 1 else DYNAMIC_TANH_2D
     if "*c" in spec.affine_names:
@@ -181,7 +181,7 @@ def _further(name: str, layer: Any) -> Subject:
     momentum = getattr(layer, "momentum", None)
     # Of the old values elsewhere, of the new batch in PyTorch.
     rate = momentum if momentum is None or framework_of(layer) == "torch" else 1.0 - momentum
-    eps, learned = _read(layer, *_EPS), _read(layer, *_LEARNED_EPS)
+    eps, learned = _named(layer, *_EPS), _read(layer, *_LEARNED_EPS)
     return Subject(
         name,
         f"{kind}: {title_of(spec)}",
@@ -200,15 +200,13 @@ def _further(name: str, layer: Any) -> Subject:
 
 
 def _read(layer: Any, *names: str) -> Array | None:
-    """The first of these attributes that there is, as an array; None for none."""
-    value: Any = next((found for name in names if (found := getattr(layer, name, None)) is not None), None)
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().double()  # NumPy has no bfloat16
-    elif framework_of(layer) == "nnx" and hasattr(value, "get_value"):
-        value = value[...]
-    elif hasattr(value, "numpy"):
-        value = value.numpy()
-    return None if value is None else np.asarray(value, dtype=np.float64)
+    """The first of these tensors that there is, as an array; None for none."""
+    value = _named(layer, *names)
+    return None if value is None else recording(framework_of(layer)).array(value)
+
+
+def _named(layer: Any, *names: str) -> Any:
+    return next((found for name in names if (found := getattr(layer, name, None)) is not None), None)
 
 
 def _channels_last(layer: Any) -> bool:

@@ -41,7 +41,6 @@ __all__ = [
     "evaluate",
     "keep",
     "known",
-    "learn",
     "normalize",
     "signature",
     "threads",
@@ -105,9 +104,11 @@ def signature(question: tuple[Any, ...], x: Tensor, *others: Tensor | None) -> t
     `question` are the other arguments. Checking these and choosing a kernel anew takes longer than the kernel itself
     does on a small tensor.
     """
-    if watched() or forward_ad._current_level >= 0 or _native is None or x.layout is not torch.strided:
+    if watched() or forward_ad._current_level >= 0 or _native is None:
         return None
-    kinds = [registry.choice(), question, type(x), x.dtype, x.device, x.shape, x.stride()]
+    if type(x) is not Tensor or x.layout is not torch.strided:
+        return None
+    kinds = [registry.choice(), question, x.dtype, x.device, x.shape, x.stride()]
     for t in others:
         kinds.append(None if t is None else (type(t), t.dtype, t.device, t.shape, t.stride()))
     return tuple(kinds)
@@ -118,15 +119,8 @@ def known(key: tuple[Any, ...] | None) -> Case | None:
     return None if key is None else _known.get(key)
 
 
-def learn(key: tuple[Any, ...] | None, case: Case) -> None:
-    """Remember it."""
-    if key is not None:
-        if len(_known) >= _CASES:
-            _known.clear()
-        _known[key] = case
-
-
 def decide(
+    key: tuple[Any, ...] | None,
     spec: NormSpec,
     p: NormPlan,
     x: Tensor,
@@ -140,6 +134,8 @@ def decide(
     given: bool = False,
 ) -> Case | None:
     """The case of a call, None if no kernel covers it. `kept` and `number` are to follow, or `given` and followed.
+
+    It is remembered under its signature `key`, for :func:`known`.
 
     The caller has made sure that nothing but eager autograd is watching.
     """
@@ -158,7 +154,12 @@ def decide(
     direct = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in (gamma, beta))
     writes = own is not None and kept is not None and _writes(spec, own, kept, number)
     kinds = _DTYPES[x.dtype], ACTIVATIONS[activation], direct, writes, x.nbytes > _HUGE
-    return Case(spec, p, numbers, own, activation, *kinds)
+    case = Case(spec, p, numbers, own, activation, *kinds)
+    if key is not None:
+        if len(_known) >= _CASES:
+            _known.clear()
+        _known[key] = case
+    return case
 
 
 def normalize(
@@ -317,15 +318,14 @@ def _forward(
         _address(gamma),
         _address(beta),
         y.data_ptr(),
-        *places,
-        eps,
-        case.spec.center,
-        case.found is None,
-        case.kind,
-        case.act,
-        threads(x),
+        *_settings(case, x, places, eps),
     )
     return y
+
+
+def _settings(case: Case, x: Tensor, places: tuple[int, int, int], eps: float) -> tuple[Any, ...]:
+    """What both passes are told behind the tensors."""
+    return *places, eps, case.spec.center, case.found is None, case.kind, case.act, threads(x)
 
 
 def _backward(
@@ -364,13 +364,7 @@ def _backward(
         _address(dresidual) if case.act else 0,
         _address(dgamma),
         _address(dbeta),
-        *places,
-        eps,
-        case.spec.center,
-        case.found is None,
-        case.kind,
-        case.act,
-        threads(x),
+        *_settings(case, x, places, eps),
     )
     if not case.direct:
         dgamma = None if dgamma is None or gamma is None else dgamma.to(gamma.dtype)

@@ -590,7 +590,7 @@ def _tracked(
 ) -> Tensor:
     """Run a normalizer whose statistics may be kept: by those of the input, or by the kept ones."""
     key = None
-    if mask is None and sample_weight is None and process_group is None and clips is None and type(input) is Tensor:
+    if mask is None and sample_weight is None and process_group is None and clips is None:
         # True is equal to 1.0, which is allowed: so the type is asked for as well.
         question = id(spec), sizes, training, momentum, type(momentum), nonfinite, activation
         others = (number, *kept.values()) if kept is not None else (number,)
@@ -606,9 +606,8 @@ def _tracked(
     if kept is not None and not training:  # evaluation asks no other process
         x, real, _ = _weighted(input, mask, sample_weight)
         if real is None and "var" in kept and _eager(input, activation, residual, *kept.values(), weight, bias):
-            case = compiled.decide(spec, p, input, weight, bias, activation, residual, kept, given=True)
+            case = compiled.decide(key, spec, p, input, weight, bias, activation, residual, kept, given=True)
             if case is not None:
-                compiled.learn(key, case)
                 return _run(case, input, weight, bias, eps, residual, kept)
         y = evaluate(spec, p, x, kept, weight, bias, eps)
         return _finish(y, input, real, activation, residual)
@@ -629,9 +628,8 @@ def _tracked(
         y, moments = normalize_together(chosen, p, x.to(wide), gamma, beta, eps, weight=w, group=process_group)
     else:
         if w is None and correct is None and _eager(input, activation, residual, weight, bias):
-            case = compiled.decide(chosen, p, input, weight, bias, activation, residual, kept, number)
+            case = compiled.decide(key, chosen, p, input, weight, bias, activation, residual, kept, number)
             if case is not None:
-                compiled.learn(key, case)
                 return _run(case, input, weight, bias, eps, residual, kept, number, momentum, nonfinite)
         y, moments = normalize(chosen, p, x, weight, bias, eps, weight=w, correct=correct)
     if kept is not None:
@@ -679,7 +677,7 @@ def _untracked(
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     key = None
-    if mask is None and sample_weight is None and type(input) is Tensor:
+    if mask is None and sample_weight is None:
         key = compiled.signature((id(spec), sizes, activation), input, residual, weight, bias)
         case = compiled.known(key)
         if case is not None:
@@ -688,9 +686,8 @@ def _untracked(
     _check_affine(spec, p, input, weight, bias, None)
     x, real, w = _weighted(input, mask, sample_weight)
     if w is None and _eager(input, activation, residual, weight, bias):
-        case = compiled.decide(spec, p, input, weight, bias, activation, residual)
+        case = compiled.decide(key, spec, p, input, weight, bias, activation, residual)
         if case is not None:
-            compiled.learn(key, case)
             return _run(case, input, weight, bias, eps, residual)
     y, _ = normalize(spec, p, x, weight, bias, eps, weight=w)
     return _finish(y, input, real, activation, residual)
@@ -713,20 +710,17 @@ def _rms(
         raise NormValueError(message("`gain` must be 'w' or '1+w'", repr(gain))) from None
     if cast not in ("llama", "gemma", "none"):
         raise NormValueError(message("`cast` must be 'llama', 'gemma' or 'none'", repr(cast)))
-    key = None
-    if type(input) is Tensor:
-        key = compiled.signature((id(spec), sizes, activation, cast), input, residual, weight)
-        case = compiled.known(key)
-        if case is not None:
-            return _run(case, input, weight, None, _SMALLEST if eps is None else eps, residual)
+    key = compiled.signature((id(spec), sizes, activation, cast), input, residual, weight)
+    case = compiled.known(key)
+    if case is not None:
+        return _run(case, input, weight, None, _SMALLEST if eps is None else eps, residual)
     p = _plan(spec, input, sizes)
     _check_affine(spec, p, input, weight, None, None)
     small = torch.finfo(accumulator(input.dtype)).eps if eps is None else eps
     if cast == "gemma" or input.dtype == accumulator(input.dtype):
         if _eager(input, activation, residual, weight):
-            case = compiled.decide(spec, p, input, weight, None, activation, residual)
+            case = compiled.decide(key, spec, p, input, weight, None, activation, residual)
             if case is not None:
-                compiled.learn(key, case)
                 return _run(case, input, weight, None, small, residual)
         y, _ = normalize(spec, p, input, weight, None, small)
     elif cast == "llama":

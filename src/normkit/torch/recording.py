@@ -20,7 +20,7 @@ from normkit.torch import layers as ours
 from normkit.torch.further import EvoNormB0
 from normkit.torch.probe import as_tensors, check_sized, forward, untouched
 from normkit.torch.sites import warn_of_unreached
-from normkit.torch.states import is_frozen
+from normkit.torch.states import is_frozen, keeps
 
 if TYPE_CHECKING:
     from normkit.surgery.protocol import Decide
@@ -40,8 +40,7 @@ def tracked(model: nn.Module) -> Iterator[TrackedLayer]:
     check_sized(model)
     warn_of_unreached("recalibrate and adapt reach", model, lambda module: isinstance(module, _KINDS))
     for path, module in bare(model).named_modules():
-        buffers = (getattr(module, name, None) for name in _KEPT)
-        used = any(b is not None for b in buffers) and getattr(module, "track_running_stats", True)
+        used = keeps(module) and getattr(module, "track_running_stats", True)
         if isinstance(module, _KINDS) and used and not is_frozen(module) and (module.training or not model.training):
             instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
             bessel = getattr(module, "bessel", True) and not instance and not hasattr(module, "running_std")
@@ -89,7 +88,8 @@ def as_kept(layer: Any, mean: np.ndarray, var: np.ndarray) -> Mapping[str, np.nd
     """See `normkit.surgery.protocol.Recording`."""
     if hasattr(layer, "running_std"):
         return {"running_mean": mean, "running_std": np.sqrt(var + layer.eps)}
-    return {"running_var": var} if isinstance(layer, EvoNormB0) else {"running_mean": mean, "running_var": var}
+    both = {"running_mean": mean, "running_var": var}
+    return {name: values for name, values in both.items() if getattr(layer, name, None) is not None}
 
 
 def keep(layer: Any, values: Mapping[str, np.ndarray]) -> None:

@@ -65,11 +65,10 @@ def _normalized(
     if case is None:
         compiling = torch.compiler.is_compiling()  # the cache of `plan` cannot be traced
         p = (plan.compile_plan if compiling else plan.plan)(spec, x.dim(), sizes)
-        case = None if needs_plain(x, gamma, beta) else compiled.decide(spec, p, x, gamma, beta, None, None)
+        case = None if needs_plain(x, gamma, beta) else compiled.decide(key, spec, p, x, gamma, beta, None, None)
         if case is None:
             y, moments = normalize(spec, p, x, gamma, beta, eps)
             return y.to(x.dtype), moments
-        compiled.learn(key, case)
     found = compiled.normalize(case, x, gamma, beta, eps, None)
     return found.y.to(x.dtype), found.moments() if spec.tracked else []
 

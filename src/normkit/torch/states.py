@@ -16,7 +16,7 @@ from normkit.torch.probe import check_sized
 from normkit.torch.sites import warn_of_unreached
 from normkit.torch.weights import ScaledWeightStandardization, WeightNorm
 
-__all__ = ["freeze", "grouped", "is_frozen", "unfreeze"]
+__all__ = ["freeze", "grouped", "is_frozen", "keeps", "unfreeze"]
 
 _ALL_GAINS = (ScaledWeightStandardization, SkipInit)  # modules whose parameters are gains
 _WITH_LENGTHS = (WeightNorm, parametrizations._WeightNorm)  # parametrizations of which the first tensor is a gain
@@ -59,7 +59,7 @@ def freeze(model: nn.Module, affine: bool) -> int:
     warn_of_unreached("freeze reaches", model, _reached)
     unfreeze(model)
     # With `affine=False` only what has running statistics can be frozen.
-    found = [m for m in model.modules() if _reached(m) and (affine or _keeps(m))]
+    found = [m for m in model.modules() if _reached(m) and (affine or keeps(m))]
     for layer in found:
         frozen = _Frozen(layer, affine)
         layer.eval()
@@ -76,7 +76,8 @@ def _reached(layer: nn.Module) -> bool:
     return is_norm(layer) or isinstance(layer, EvoNormB0)
 
 
-def _keeps(layer: nn.Module) -> bool:
+def keeps(layer: nn.Module) -> bool:
+    """Whether a norm has running statistics."""
     return any(getattr(layer, name, None) is not None for name in ("running_mean", "running_var"))
 
 
