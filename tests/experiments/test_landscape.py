@@ -47,7 +47,7 @@ def drawn(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_shift_of_a_quadratic_is_its_matrix_times_how_far_the_earlier_layers_moved(seed):
     surface, before, after = Quadratic(seed), drawn(seed + 10), drawn(seed + 20)
-    found = shifts(surface, before, after)
+    found = shifts(surface, before, after, surface(before)[1])
     ends = np.cumsum(SIZES)
     moved = np.concatenate(after) - np.concatenate(before)
     slope = surface.matrix @ np.concatenate(before)
@@ -64,7 +64,7 @@ def test_layers_that_do_not_meet_in_the_loss_have_no_shift():
     surface = Quadratic(0)
     for a, b in ((0, 3), (3, 5), (5, 9)):
         surface.matrix[a:b, :a] = surface.matrix[:a, a:b] = 0
-    found = shifts(surface, drawn(1), drawn(2))
+    found = shifts(surface, drawn(1), drawn(2), surface(drawn(1))[1])
     np.testing.assert_allclose([shift.difference for shift in found], 0, atol=1e-12)
     np.testing.assert_allclose([shift.cosine for shift in found], 1, **EXACT)
 
@@ -73,7 +73,7 @@ def test_layers_that_do_not_meet_in_the_loss_have_no_shift():
 def test_along_the_gradient_of_a_quadratic(seed):
     """L falls by a |g|² - a² gAg / 2, the gradient changes by a |A g|, beta is |A g| / |g| whatever the step."""
     surface, at, lengths = Quadratic(seed), drawn(seed), (0.01, 0.03, 0.1)
-    found = along_gradient(surface, at, lengths)
+    found = along_gradient(surface, at, surface(at)[1], lengths)
     loss, slopes = surface(at)
     g = np.concatenate(slopes)
     bent = surface.matrix @ g
@@ -88,12 +88,13 @@ def test_along_the_main_axis_beta_is_the_largest_curvature():
     surface = Quadratic(4)
     values, axes = np.linalg.eigh(surface.matrix)
     top = np.argmax(np.abs(values))
-    found = along_gradient(surface, np.split(axes[:, top], np.cumsum(SIZES)[:-1]), (0.1, 0.5))
+    at = np.split(axes[:, top], np.cumsum(SIZES)[:-1])
+    found = along_gradient(surface, at, surface(at)[1], (0.1, 0.5))
     np.testing.assert_allclose(found.smoothness, abs(values[top]), rtol=1e-10)
 
 
 def test_where_there_is_no_gradient_there_is_no_smoothness():
-    found = along_gradient(lambda layers: (1.0, [np.zeros(2)]), [np.ones(2)], (0.1,))
+    found = along_gradient(lambda layers: (1.0, [np.zeros(2)]), [np.ones(2)], [np.zeros(2)], (0.1,))
     assert math.isnan(found.smoothness)
     assert found[:2] == ((1.0, 1.0), (0.0, 0.0))
 

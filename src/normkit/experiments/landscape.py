@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,19 +44,14 @@ class Along(NamedTuple):
     smoothness: float
 
 
-class _Trainer(ProbedTrainer, Protocol):
-    """A trainer that shows its activations as well; every one does."""
-
-    def probe(self, x: Any) -> Sequence[SiteValues]: ...
-
-
-def shifts(surface: Surface, before: Sequence[Vector], after: Sequence[Vector]) -> tuple[Shift, ...]:
-    """The internal covariate shift of every layer in one update from `before` to `after`.
+def shifts(
+    surface: Surface, before: Sequence[Vector], after: Sequence[Vector], gradients: Sequence[Vector]
+) -> tuple[Shift, ...]:
+    """The internal covariate shift of every layer in one update from `before`, where `gradients` are, to `after`.
 
     G is the gradient of layer i where all layers are as before, G' where those in front of it have moved and it and
     those behind it have not. Nothing is in front of the first layer, whose shift is therefore 0.
     """
-    _, gradients = surface(before)
     found = [Shift(0.0, 1.0)]
     for place in range(1, len(before)):
         _, moved = surface([*after[:place], *before[place:]])
@@ -64,9 +59,13 @@ def shifts(surface: Surface, before: Sequence[Vector], after: Sequence[Vector]) 
     return tuple(found)
 
 
-def along_gradient(surface: Surface, at: Sequence[Vector], lengths: Sequence[float]) -> Along:
-    """The loss, and the change of its gradient, over steps of these lengths (times the gradient) from `at`."""
-    _, gradients = surface(at)
+def along_gradient(
+    surface: Surface, at: Sequence[Vector], gradients: Sequence[Vector], lengths: Sequence[float]
+) -> Along:
+    """The loss, and the change of its gradient, over steps of these lengths (times the gradient) from `at`.
+
+    `gradients` are those at `at`.
+    """
     size = _length(gradients)
     losses, changes, ratios = [], [], []
     for length in lengths:
@@ -98,7 +97,7 @@ class Probing:
         """Behind it."""
         if self._open is None:
             return
-        able: _Trainer = trainer
+        able: ProbedTrainer = trainer
         step, surface, before = self._open
         self._open = None
         with np.errstate(all="ignore"):  # of a network that is about to diverge
@@ -108,10 +107,10 @@ class Probing:
         self, step: int, surface: Surface, before: list[Vector], after: list[Vector], sites: Sequence[SiteValues]
     ) -> Probe:
         loss, gradients = surface(before)
-        along = along_gradient(surface, before, self._lengths)
+        along = along_gradient(surface, before, gradients, self._lengths)
         layers = []
         for shift, size, old, new, slope in zip(
-            shifts(surface, before, after), surface.weights, before, after, gradients, strict=True
+            shifts(surface, before, after, gradients), surface.weights, before, after, gradients, strict=True
         ):
             turned = math.acos(min(1.0, max(-1.0, _cosine(old[:size], new[:size]))))
             layers.append(LayerProbe(*shift, _length([slope[:size]]), _length([old[:size]]), turned))

@@ -132,7 +132,7 @@ class Surface(Protocol):
         """The loss where the parameters are these, and its gradient layer by layer, both computed in float64."""
 
 
-class ProbedTrainer(Protocol):
+class ProbedTrainer(Trainer, Protocol):
     """What PyTorch's trainer can do besides, and conditions ask of no other."""
 
     def layers(self) -> list[Vector]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ __all__ = ["PRUNERS", "family", "is_behind", "may_lose"]
 PRUNERS = ("median", "hyperband")
 
 
+@functools.lru_cache(maxsize=4096)  # asked of every trial at every report
 def family(canonical: str) -> str:
     """What the trials share that compete: all of a configuration but the rate and the seed.
 

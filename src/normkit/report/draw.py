@@ -211,14 +211,9 @@ def _rate_range(figure: RateRange, colors: _Colors) -> _Drawing:
             if not works:
                 marker = "x" if lost else "o"
                 foot.plot([lr], [lane], marker, color=color, markersize=4.5, markeredgewidth=1.3, fillstyle="none")
-            said = "works" if works else "trained, but did not learn"
-            if lost or pruned:
-                parts = (
-                    f"{number} of its seeds {what}"
-                    for number, what in ((lost, "diverged"), (pruned, "pruned"))
-                    if number
-                )
-                said = ", ".join(parts)
+            ends = ((lost, "diverged"), (pruned, "pruned"))
+            said = ", ".join(f"{number} of its seeds {what}" for number, what in ends if number)
+            said = said or ("works" if works else "trained, but did not learn")
             points.append(_Point(foot, lr, lane, f"{line.norm}, rate {lr:g}: {said}"))
         for lr, *three in zip(line.lrs, mean, low, high, strict=True):
             points.append(_Point(axes, lr, scale * three[0], f"{line.norm}, rate {lr:g}: {_ranged(task, *three)}"))

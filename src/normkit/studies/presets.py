@@ -113,6 +113,9 @@ class Study:
         )
 
 
+_PROBED = Part(("none", "batch"), (Arm(USUAL, Conditions(landscape=8)),))  # the same runs for two studies
+
+
 def _spoiled(*further: Arm) -> tuple[Arm, ...]:
     """Clean labels, wrong labels, outliers."""
     return (
@@ -395,7 +398,7 @@ _ALL = (
         "The paper finds that batch norm does not reduce this shift and that it helps all the same; what it changes "
         "instead, the study `smoothness` tells. Percentiles of what enters an activation are shown and not judged: a "
         "network that learns nothing has the steadiest ones.",
-        (Part(("none", "batch"), (Arm(USUAL, Conditions(landscape=8)),)),),
+        (_PROBED,),
         names.covariate_shift,
         figures=("percentiles",),
         repeated="mlp on digits, quick version, 3 seeds each: 4 x not enough evidence",
@@ -409,7 +412,7 @@ _ALL = (
         "Steps are longer at a larger rate, so at different rates only beta compares like with like. The paper shows "
         "between which values the loss varies; a share of it does not get smaller only because the loss does. Smoother "
         "is 2 times less here.",
-        (Part(("none", "batch"), (Arm(USUAL, Conditions(landscape=8)),)),),
+        (_PROBED,),
         names.smoothness,
         figures=("curves",),
         repeated="mlp on digits, quick version, 3 seeds each: 2 x holds partly, 2 x not enough evidence",

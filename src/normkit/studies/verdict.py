@@ -109,9 +109,7 @@ def alike(first: Measured, second: Measured, margin: float) -> Check:
 
 def differs(first: Measured, second: Measured, margin: float) -> Check:
     """Whether they are further apart than `margin`, in whichever direction: the opposite of :func:`alike`."""
-    opposite = alike(first, second, margin)
-    said = opposite.said.replace("asked for: within", "asked for: further apart than")
-    return Check(said, None if opposite.holds is None else not opposite.holds)
+    return _opposite(alike(first, second, margin), "within", "further apart than")
 
 
 def exceeds(what: str, values: Sequence[float], margin: float) -> Check:
@@ -139,9 +137,7 @@ def at_least_times(what: str, factors: Sequence[float], factor: float) -> Check:
 
 def at_most_times(what: str, factors: Sequence[float], factor: float) -> Check:
     """Whether it is `factor` or less, likewise."""
-    opposite = at_least_times(what, factors, factor)
-    said = opposite.said.replace("asked for: at least", "asked for: at most")
-    return Check(said, None if opposite.holds is None else not opposite.holds)
+    return _opposite(at_least_times(what, factors, factor), "at least", "at most")
 
 
 def near(what: str, factors: Sequence[float], factor: float) -> Check:
@@ -224,6 +220,12 @@ def _judged(found: Estimate, true: Callable[[float], bool], false: Callable[[flo
     if found.low is None or found.high is None:
         return None
     return True if true(found.low) else False if false(found.high) else None
+
+
+def _opposite(check: Check, asked: str, instead: str) -> Check:
+    """The check that holds where this one does not; open stays open."""
+    said = check.said.replace(f"asked for: {asked}", f"asked for: {instead}")
+    return Check(said, None if check.holds is None else not check.holds)
 
 
 def _within(found: Estimate, margin: float) -> bool | None:
