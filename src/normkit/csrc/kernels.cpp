@@ -161,6 +161,14 @@ ALWAYS inline void along(Index span, Body body) {
     if (k < span) body(k, (int)(span - k));
 }
 
+// The same; where `past` the caches is written at p, with whole vectors that are aligned.
+template <class T, class Body>
+ALWAYS inline void along(const T* p, bool past, Index span, Body body) {
+    const Index before = past ? -(Index)((std::uintptr_t)p / sizeof(T)) & (W - 1) : 0, head = before < span ? before : span;
+    if (head) body(0, (int)head);
+    along(span - head, [&](Index k, int lanes) ALWAYS { body(head + k, lanes); });
+}
+
 template <class T>
 inline vf read(const T* p, int lanes) {
     return lanes == W ? load(p) : load(p, lanes);
@@ -187,8 +195,13 @@ ALWAYS inline void write(T* p, vf v, int lanes, bool past) {
 }
 
 template <class T>
+inline bool large(Index values) {
+    return values * (Index)sizeof(T) >= STREAMED;
+}
+
+template <class T>
 inline bool past_caches(const T* p, Index values) {
-    return values * (Index)sizeof(T) >= STREAMED && (std::uintptr_t)p % (W * sizeof(T)) == 0;
+    return large<T>(values) && (std::uintptr_t)p % (W * sizeof(T)) == 0;
 }
 
 inline vf masked(vf v, int lanes) { return lanes == W ? v : keep(v, first(lanes)); }
@@ -331,6 +344,15 @@ ALWAYS inline void shared(int threads, Index count, Body body) {
     together(threads, [&](const Team& team) ALWAYS { team.share(count, body); });
 }
 
+// The same with room for so many values of a thread's own, null for none: body(k, room).
+template <class Body>
+ALWAYS inline void shared(int threads, Index count, Index values, Body body) {
+    together(threads, [&](const Team& team) ALWAYS {
+        const Array<float> room(values);
+        team.share(count, [&](Index k) ALWAYS { body(k, room.get()); });
+    });
+}
+
 // Call body(block, team, number of the team) for every block: there is a team of one for every thread where there are
 // enough blocks for that, else one of all threads.
 struct Teams {
@@ -447,6 +469,7 @@ void patches_forward(const Rows& g, const Tensors& t) {
     const T* const residual = (const T*)t.residual;
     T* const y = (T*)t.y;
     const Index most = patch_rows(g), count = Patch::count(g, most);
+    const bool past = large<T>(g.rows * g.runs * g.span);
     const double n = (double)(g.runs * g.span);
     shared(t.threads, count, [&](Index number) ALWAYS {
         const Patch patch(g, number, most);
@@ -496,10 +519,10 @@ void patches_forward(const Rows& g, const Tensors& t) {
         }
         for (Index run = g.runs; run-- > 0;) {
             const Index at = patch.start + run * g.run_stride;
-            along(width, [&](Index k, int lanes) ALWAYS {
+            along(y + at, past, width, [&](Index k, int lanes) ALWAYS {
                 vf z = (read(x + at + k, lanes) - read(mean + k, lanes)) * read(gain + k, lanes) + read(shift + k, lanes);
                 if constexpr (R) z += read(residual + at + k, lanes);
-                write(y + at + k, activate<A>(z), lanes);
+                write(y + at + k, activate<A>(z), lanes, past);
             });
         }
     });
@@ -575,14 +598,21 @@ struct Correction {
 
 ALWAYS inline vf corrected(bool given, vf d, vf one, vf off, vf two) { return given ? d : (d - one) - off * two; }
 
+// Activations whose derivative takes longer than to keep it from the sums to the gradient, and the values of a row up to
+// which the second cache holds what is kept.
+constexpr bool costly(int activation) { return activation == SILU || activation == GELU || activation == GELU_TANH; }
+constexpr Index KEPT = 1 << 17;
+
+// `kept`, unless null, gets the gradient before the activation; then there is one run.
 template <class T, int A, bool R>
 Pair runs_sums(const T* x, const T* dy, const T* residual, Index runs, Index stride, Index span, const Line& l,
-               float rest) {
+               float rest, float* kept) {
     double total[2] = {};
     const vf mean = splat(l.mean), gain = splat(l.gain), shift = splat(l.shift);
     add_runs(runs, stride, span, total, [&](Index k, int lanes, vf* part) ALWAYS {
         const vf off = read(x + k, lanes) - mean;
         const vf d = masked(before_activation<T, A, R>(dy, residual, k, lanes, off, gain, shift), lanes);
+        if (costly(A) && kept) write(kept + k, d, lanes);
         part[0] += d;
         part[1] += d * off;
     }, [&](Index k) ALWAYS {
@@ -600,6 +630,7 @@ void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
     const Index most = patch_rows(g), count = Patch::count(g, most);
+    const bool past = large<T>(g.rows * g.runs * g.span);
     const double n = (double)(g.runs * g.span);
     shared(t.threads, count, [&](Index number) ALWAYS {
         const Patch patch(g, number, most);
@@ -643,11 +674,11 @@ void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
         if (!dx && !dresidual) return;
         for (Index run = g.runs; run-- > 0;) {
             const Index at = patch.start + run * g.run_stride;
-            along(width, [&](Index k, int lanes) ALWAYS {
+            along(dx + at, past, width, [&](Index k, int lanes) ALWAYS {
                 const vf off = read(x + at + k, lanes) - read(mean + k, lanes), scale = read(gain + k, lanes);
                 const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, off, scale,
                                                         read(shift + k, lanes));
-                if (dx) write(dx + at + k, (d * scale - read(s1 + k, lanes)) - off * read(s2 + k, lanes), lanes);
+                if (dx) write(dx + at + k, (d * scale - read(s1 + k, lanes)) - off * read(s2 + k, lanes), lanes, past);
                 if (R && dresidual) write(dresidual + at + k, d, lanes);
             });
         }
@@ -663,7 +694,8 @@ void each_row_backward(const Rows& g, const Tensors& t, Index pieces, Index entr
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
     const bool each = g.affine == PER_VALUE;
-    shared(t.threads, pieces, [&](Index piece) ALWAYS {
+    const bool keeps = costly(A) && !each && (dx || dresidual) && g.runs * g.span <= KEPT;
+    shared(t.threads, pieces, keeps ? g.runs * g.span : 0, [&](Index piece, float* kept) ALWAYS {
         // Sums of a block of rows in float, added to the double ones when the block ends.
         Array<float> block(each ? 2 * entries : 0);
         Index pending = 0;
@@ -680,18 +712,19 @@ void each_row_backward(const Rows& g, const Tensors& t, Index pieces, Index entr
             const Scale s = given(t, t.given ? b : row);
             double sg = 0, sgx = 0;
             if (!each) {
-                // One gamma for the whole row: its runs are summed together. Else run by run.
-                const Index joint = g.affine == PER_ROW ? g.runs : 1;
+                // One gamma for the whole row: its runs are summed together, unless each is kept. Else run by run.
+                const Index joint = g.affine == PER_ROW && !keeps ? g.runs : 1;
                 for (Index run = 0; run < g.runs; run += joint) {
                     const Index at = start + run * g.run_stride, entry = g.affine == PER_ROW ? b : b * g.runs + run;
                     const float gamma = t.gamma ? t.gamma[entry] : 1.0f;
                     const Pair p = runs_sums<T, A, R>(x + at, dy + at, residual + (R ? at : 0), joint, g.run_stride,
-                                                      g.span, line(s, t, entry), s.rest);
+                                                      g.span, line(s, t, entry), s.rest,
+                                                      keeps ? kept + run * g.span : nullptr);
                     sg += gamma * p.g;
                     sgx += gamma * p.gx;
                     const Index share = g.affine == PER_ROW ? row : row * g.runs + run;
-                    if (dgamma) dgamma[share] = p.gx * s.rstd;
-                    if (dbeta) dbeta[share] = p.g;
+                    if (dgamma) dgamma[share] += p.gx * s.rstd;
+                    if (dbeta) dbeta[share] += p.g;
                 }
             } else {
                 vf a = {}, c = {};
@@ -720,9 +753,11 @@ void each_row_backward(const Rows& g, const Tensors& t, Index pieces, Index entr
                 const Index at = start + run * g.run_stride;
                 const T *px = x + at, *pd = dy + at, *pr = residual + (R ? at : 0);
                 const bool past = dx && past_caches(dx + at, g.rows * g.runs * g.span);
+                const float* const own = keeps ? kept + run * g.span : nullptr;
                 const auto body = [&](Index k, int lanes, vf gain, vf shift) ALWAYS {
                     const vf off = read(px + k, lanes) - s.mean;
-                    const vf d = before_activation<T, A, R>(pd, pr, k, lanes, off, gain, shift);
+                    const vf d = costly(A) && own ? read(own + k, lanes)
+                                                  : before_activation<T, A, R>(pd, pr, k, lanes, off, gain, shift);
                     if (dx) write(dx + at + k, corrected(constants, d * gain, one, off, two), lanes, past);
                     if (R && dresidual) write(dresidual + at + k, d, lanes);
                 };
