@@ -390,7 +390,7 @@ _ALL = (
         names.recurrent,
         full=Effort((0.01, 0.03, 0.1, 0.3), 5, 20, ("mlp",)),
         quick=Effort((0.03, 0.1), 3, 10, ("mlp",)),
-        figures=("curves", "final"),
+        figures=("final", "curves"),
     ),
     Study(
         "covariate-shift",

@@ -14,12 +14,13 @@ __all__ = ["KINDS", "LEGEND", "growth", "noise_table", "step_noise"]
 
 KINDS = ("W x", "U h", "c")  # what is normalized, in the order of the results
 LEGEND = (
-    "noise of: how far the batch statistics of the trained network lie apart over the batches of an epoch; before the "
+    "batch statistics by step: how far those of the trained network lie apart over the batches of an epoch; before the "
     "stroke the standard deviation of the batch mean in % of that of all values of the step, behind it that of the "
-    "batch variance in % of its mean; medians over the channels, means over the seeds. Values: of how many a statistic "
-    "is, mean over the batches; of each step these are the sequences alive. Expected: noise of the mean of so many "
-    "independent values, sqrt(mean of 1 / values)."
+    "batch variance in % of its mean; medians over the channels, means over the seeds. Expected: that of means of so "
+    "many independent values, sqrt(mean of 1 / values). Alive: sequences of a batch that have not ended, mean over the "
+    "batches; all: one statistic of all steps."
 )
+_VALUES = {True: "sequences alive", False: "values in a statistic"}
 
 Seeds = Sequence[Sequence[StepNoise]]  # of every seed the steps
 
@@ -48,11 +49,11 @@ def noise_table(found: Iterable[tuple[str, Seeds]]) -> Table | None:
         values = [_mean([step.alive for step in column], ".1f") for column in columns]
         if values != said:
             expected = [_mean([100 * step.expected for step in column], ".0f") for column in columns]
-            lines = [("", "values", values), ("", "expected", expected), *lines]
+            lines = [(_VALUES[len(columns) > 1], "", values), ("expected noise", "", expected), *lines]
             said = values
         for where, of, cells in lines:
             rows.append((where, of, *cells, *[""] * steps) if len(cells) == 1 else (where, of, "", *cells))
-    return Table(("circumstance", "noise of", "all steps", *(str(n + 1) for n in range(steps))), rows, words=2)
+    return Table(("circumstance", "of", "all", *(str(n + 1) for n in range(steps))), rows, words=2)
 
 
 def step_noise(step: StepNoise) -> dict[str, Any]:
