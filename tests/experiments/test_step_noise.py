@@ -95,7 +95,7 @@ def trial(**asked):
 
 @pytest.fixture(scope="module")
 def seen():
-    return trial(step_noise=True)
+    return trial(batch_spread=True)
 
 
 def test_looking_changes_nothing_of_a_trial_but_its_key(seen):
@@ -116,7 +116,7 @@ def test_as_many_are_alive_as_the_lengths_say(seen):
 
 
 def test_one_statistic_is_one_step():
-    result, feed = trial(sequences="masked", step_noise=True)
+    result, feed = trial(sequences="masked", batch_spread=True)
     (step,) = result.noise
     assert step.alive == np.mean([x[:, -1, :, 0].sum() for x, _ in feed.batches("none", 9, 0, 1)])
     assert len(step.means) == 1

@@ -155,7 +155,7 @@ def test_noise_of_the_steps_is_shown_and_written(tmp_path, monkeypatch):
     (case,) = outcome.cases
     trials = {str(trial.config.conditions): trial for trial in case.comparisons[0].trials}
     (steps,) = case.found.one("batch", "statistics per step").noise
-    assert repr(steps) == repr(trials["sequences steps, gamma 0.1, step noise"].noise)
+    assert repr(steps) == repr(trials["sequences steps, gamma 0.1, batch spread"].noise)
     rows = {(row[0], row[1]): row[2:] for row in case.noise.rows}
     alive = [f"{step.alive:.1f}" for step in steps]
     assert list(rows["sequences alive", ""]) == ["", *alive]

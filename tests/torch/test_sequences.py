@@ -86,7 +86,7 @@ def test_what_makes_no_sense_is_refused(norm, model, asked):
         built(norm, model, sequences="masked", **asked)
 
 
-@pytest.mark.parametrize("asked", [{"gamma": 0.1}, {"step_noise": True}])
+@pytest.mark.parametrize("asked", [{"gamma": 0.1}, {"batch_spread": True}])
 def test_what_is_asked_of_an_lstm_needs_sequences(asked):
     with pytest.raises(NormValueError, match=f"`{next(iter(asked))}` must come with"):
         Conditions(**asked)

@@ -78,7 +78,7 @@ class Conditions:
             statistics of each step without padding, of W x alone (`inputs`) or of W x, U h and c (`steps`). Other norms
             never see padding.
         gamma: first value of all gains of the LSTM; None keeps that of each layer.
-        step_noise: after training, how much the statistics of batch norm vary between the batches of an epoch is
+        batch_spread: after training, how much the statistics of batch norm vary between the batches of an epoch is
             measured at every step.
 
     Of the evaluation, in PyTorch:
@@ -114,7 +114,7 @@ class Conditions:
     landscape: int = 0
     sequences: str = ""
     gamma: float | None = None
-    step_noise: bool = False
+    batch_spread: bool = False
 
     CONSTRAINTS: ClassVar[dict[str, Constraint]] = {
         "label_noise": Real(0.0, 1.0),
@@ -133,7 +133,7 @@ class Conditions:
         "landscape": Integer(0),
         "sequences": OneOf(SEQUENCES),
         "gamma": Optional(Real(0.0, above=True)),
-        "step_noise": Flag(),
+        "batch_spread": Flag(),
     }
     _DATA: ClassVar[tuple[str, ...]] = ("label_noise", "outliers", "appearance", "by_class")
     _BOTH: ClassVar[tuple[str, ...]] = ("sequences",)  # of the data, and of the network that reads them
@@ -145,8 +145,8 @@ class Conditions:
             raise NormValueError(message("`decay_as` must come with a `weight_decay` above 0", self.decay_as))
         if self.gamma is not None and not self.sequences:
             raise NormValueError(message("`gamma` must come with `sequences`", f"{self.gamma:g}"))
-        if self.step_noise and not self.sequences:
-            raise NormValueError(message("`step_noise` must come with `sequences`", "True alone"))
+        if self.batch_spread and not self.sequences:
+            raise NormValueError(message("`batch_spread` must come with `sequences`", "True alone"))
 
     @classmethod
     def made(cls, value: Conditions | Mapping[str, Any]) -> Conditions:

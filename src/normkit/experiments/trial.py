@@ -200,7 +200,7 @@ def _gap(trainer: Trainer, feed: Feed, config: TrialConfig) -> Gap | None:
 
 def _noise(trainer: Trainer, feed: Feed, config: TrialConfig) -> tuple[StepNoise, ...]:
     """Over the training batches of another epoch, where the conditions ask for it."""
-    if not config.conditions.step_noise:
+    if not config.conditions.batch_spread:
         return ()
     able = cast(SequenceTrainer, trainer)  # conditions on other frameworks are refused before
     return noise(able.statistics(feed.batches(config.inputs, config.batch_size, config.seed, config.epochs)))

@@ -377,11 +377,11 @@ _ALL = (
             Part(
                 ("batch",),
                 (
-                    Arm(names.COUNTED, Conditions(sequences="counted", step_noise=True)),
-                    Arm(names.MASKED, Conditions(sequences="masked", step_noise=True)),
-                    Arm(names.EACH, Conditions(sequences="inputs", step_noise=True)),
-                    Arm(names.STEPS, Conditions(sequences="steps", gamma=0.1, step_noise=True)),
-                    Arm(names.LARGE, Conditions(sequences="steps", gamma=1.0, step_noise=True)),
+                    Arm(names.COUNTED, Conditions(sequences="counted", batch_spread=True)),
+                    Arm(names.MASKED, Conditions(sequences="masked", batch_spread=True)),
+                    Arm(names.EACH, Conditions(sequences="inputs", batch_spread=True)),
+                    Arm(names.STEPS, Conditions(sequences="steps", gamma=0.1, batch_spread=True)),
+                    Arm(names.LARGE, Conditions(sequences="steps", gamma=1.0, batch_spread=True)),
                 ),
                 models=("mlp",),
             ),

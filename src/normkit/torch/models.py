@@ -66,7 +66,7 @@ def build(
         if model != "mlp":
             raise NormValueError(message("`sequences` must be asked of mlp, whose place an LSTM takes", model))
         others = (
-            [name for name in conditions.of_network if name not in ("sequences", "gamma", "step_noise")]
+            [name for name in conditions.of_network if name not in ("sequences", "gamma", "batch_spread")]
             if conditions
             else []
         )
