@@ -1,5 +1,8 @@
 """Measurements made by hand: every number a criterion may look at, in a network on which the claim holds."""
 
+import math
+
+from normkit.experiments.results import StepNoise
 from normkit.studies import criteria as names
 from normkit.studies.measurements import USUAL, Measured, Measurements
 from normkit.studies.probed import Probed
@@ -39,6 +42,17 @@ def probes(seeds=5, **means):
     """The same at every rate."""
     around = WIGGLE[:seeds]
     return tuple(Probed(lr, **{name: tuple(mean + w for w in around) for name, mean in means.items()}) for lr in RATES)
+
+
+def stepwise(*means, seeds=5, unknown=False):
+    """Noise of W x, U h and c alike at every step; of U h there is none at the first."""
+    return tuple(
+        tuple(
+            StepNoise(32.0 / (t + 1), mean, (mean + w, math.nan if unknown or t == 0 else mean + w, mean), (mean,) * 3)
+            for t, mean in enumerate(means)
+        )
+        for w in WIGGLE[:seeds]
+    )
 
 
 SMOOTH = {"smoothness": 10.0, "change": 1.0, "variation": 0.2}
@@ -105,7 +119,8 @@ def holds(seeds=5):
         "recurrent": [
             one("batch", names.COUNTED, 0.8, **few),
             one("batch", names.MASKED, 0.9, **few),
-            one("batch", names.STEPS, 0.92, **few),
+            one("batch", names.EACH, 0.9, **few),
+            one("batch", names.STEPS, 0.92, noise=stepwise(0.2, 0.2, 0.5, **few), **few),
             one("batch", names.LARGE, 0.85, **few),
             one("layer", names.ALONE, 0.92, **few),
             one("none", names.ALONE, 0.9, **few),

@@ -1,7 +1,7 @@
 """Every study on measurements made by hand reaches every verdict: none of them is fixed beforehand."""
 
 import pytest
-from made_measurements import RATES, ROUGH, SMOOTH, changed, holds, probes
+from made_measurements import RATES, ROUGH, SMOOTH, changed, holds, probes, stepwise
 
 from normkit.studies import STUDIES
 from normkit.studies import criteria as names
@@ -30,7 +30,8 @@ NOT = {
     "recurrent": [
         ("batch", names.COUNTED, {"mean": 0.95}),
         ("batch", names.MASKED, {"mean": 0.95}),
-        ("batch", names.STEPS, {"mean": 0.85}),
+        ("batch", names.EACH, {"mean": 0.85}),
+        ("batch", names.STEPS, {"mean": 0.85, "noise": stepwise(0.2, 0.2, 0.2)}),
         ("layer", names.ALONE, {"mean": 0.7}),
         ("none", names.ALONE, {"mean": 0.95}),
     ],
@@ -156,6 +157,23 @@ def test_a_change_of_nothing_is_no_number_of_times():
     found = after("covariate-shift", [("none", USUAL, {"usable": RATES[:2], "probed": (still,)})])
     checks = STUDIES["covariate-shift"].checks(found)
     assert [check.holds for check in checks] == [None, False]
+
+
+@pytest.mark.parametrize(
+    ("noise", "answers"),
+    [
+        (stepwise(0.2, 0.2, 0.5), [True, True]),
+        (stepwise(0.2, 0.4, 0.5), [True, False]),  # the first step is asked of W x, the second of U h
+        (stepwise(0.2, 0.2, 0.25), [False, False]),
+        (stepwise(0.2, 0.2, 0.3), [None, None]),
+        (stepwise(0.2, 0.2, 0.5, unknown=True), [True, None]),
+        (stepwise(0.2, 0.2, 0.5, seeds=2), [None, None]),
+        ((), [None, None]),  # diverged at every rate
+    ],
+)
+def test_noise_of_late_steps_is_judged_by_its_factor_alone(noise, answers):
+    found = after("recurrent", [("batch", names.STEPS, {"mean": 0.92, "noise": noise})])
+    assert [check.holds for check in STUDIES["recurrent"].checks(found)[-2:]] == answers
 
 
 def test_weights_that_do_not_rest_are_compared_with_no_prediction():

@@ -142,6 +142,38 @@ def test_what_probes_saw_is_judged_and_shown(arrays, tmp_path, monkeypatch):
     assert [m["probed"][0]["lr"] for m in stored["cases"][0]["measured"]] == [0.03, 0.03]
 
 
+def test_noise_of_the_steps_is_shown_and_written(tmp_path, monkeypatch):
+    """Of one rate and one seed, where every value is that of one trial; images of 6 rows."""
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 2
+    x = rng.normal(size=(120, 6, 6)) + y[:, None, None]
+    data = {"x_train": x[:88], "y_train": y[:88], "x_test": x[88:], "y_test": y[88:]}
+    study = STUDIES["recurrent"]
+    small = dataclasses.replace(study, parts=study.parts[:1], judge=lambda _: (), quick=Effort((0.03,), 1, 1, ("mlp",)))
+    monkeypatch.setattr(verb, "find", {"recurrent": small}.__getitem__)
+    outcome = normkit.study("recurrent", data, out=tmp_path, **QUIET)
+    (case,) = outcome.cases
+    trials = {str(trial.config.conditions): trial for trial in case.comparisons[0].trials}
+    (steps,) = case.found.one("batch", "statistics per step").noise
+    assert repr(steps) == repr(trials["sequences steps, gamma 0.1, batch spread"].noise)
+    rows = {(row[0], row[1]): row[2:] for row in case.noise.rows}
+    alive = [f"{step.alive:.1f}" for step in steps]
+    assert list(rows["sequences alive", ""]) == ["", *alive]
+    assert rows["statistics per step", "U h"][:2] == ("", "-")
+    noisy = [f"{100 * step.means[0]:.0f}/{100 * step.variances[0]:.0f}" for step in steps]
+    assert list(rows["statistics per step", "W x"]) == ["", *noisy]
+    assert list(rows["one statistic, padding masked", "W x"])[1:] == [""] * 6
+    assert max(map(len, str(outcome).splitlines())) <= 120
+    assert str(case.noise) in str(outcome)
+    page = (tmp_path / "recurrent" / "report.html").read_text()
+    assert "Batch statistics, step by step" in page
+    assert f"<td>{noisy[-1]}</td>" in page
+    stored = json.loads((tmp_path / "recurrent" / "results.json").read_text())
+    written = {m["arm"]: m["noise"] for m in stored["cases"][0]["measured"] if m["norm"] == "batch"}
+    assert written["statistics per step"][0][0]["means"][1] is None
+    assert [step["alive"] for step in written["statistics per step"][0]] == [step.alive for step in steps]
+
+
 @pytest.mark.parametrize(("one", "other"), [("covariate-shift", "smoothness"), ("convergence", "overhead")])
 def test_studies_of_the_same_runs_ask_for_the_same(one, other):
     for name in ("parts", "full", "quick", "data"):

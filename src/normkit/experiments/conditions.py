@@ -34,7 +34,7 @@ OUTLIER = 10.0  # an outlier is a sample so many times as large
 APPEARANCES = ("", "random", "tied", "swapped", "shifted")
 POPULATIONS = ("", "training", "test")
 DECAYS = ("", "rate")
-SEQUENCES = ("", "counted", "masked", "steps")
+SEQUENCES = ("", "counted", "masked", "inputs", "steps")
 SHORTEST = 3  # rows of a sequence
 _NOISE, _OUTLIERS, _LIGHT, _PAIRS, _LENGTHS = (
     2,
@@ -75,8 +75,11 @@ class Conditions:
     Attributes:
         sequences: every image is cut to its first rows, 3 to all, and padded with zeros. What batch norm does: one
             statistic over time with the padding in it (`counted`) or without it (`masked`), both of W x alone; or
-            statistics of each step, of W x, U h and c, without padding (`steps`). Other norms never see padding.
+            statistics of each step without padding, of W x alone (`inputs`) or of W x, U h and c (`steps`). Other norms
+            never see padding.
         gamma: first value of all gains of the LSTM; None keeps that of each layer.
+        batch_spread: after training, how much the statistics of batch norm vary between the batches of an epoch is
+            measured at every step.
 
     Of the evaluation, in PyTorch:
 
@@ -111,6 +114,7 @@ class Conditions:
     landscape: int = 0
     sequences: str = ""
     gamma: float | None = None
+    batch_spread: bool = False
 
     CONSTRAINTS: ClassVar[dict[str, Constraint]] = {
         "label_noise": Real(0.0, 1.0),
@@ -129,6 +133,7 @@ class Conditions:
         "landscape": Integer(0),
         "sequences": OneOf(SEQUENCES),
         "gamma": Optional(Real(0.0, above=True)),
+        "batch_spread": Flag(),
     }
     _DATA: ClassVar[tuple[str, ...]] = ("label_noise", "outliers", "appearance", "by_class")
     _BOTH: ClassVar[tuple[str, ...]] = ("sequences",)  # of the data, and of the network that reads them
@@ -140,6 +145,8 @@ class Conditions:
             raise NormValueError(message("`decay_as` must come with a `weight_decay` above 0", self.decay_as))
         if self.gamma is not None and not self.sequences:
             raise NormValueError(message("`gamma` must come with `sequences`", f"{self.gamma:g}"))
+        if self.batch_spread and not self.sequences:
+            raise NormValueError(message("`batch_spread` must come with `sequences`", "True alone"))
 
     @classmethod
     def made(cls, value: Conditions | Mapping[str, Any]) -> Conditions:

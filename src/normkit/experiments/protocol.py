@@ -6,7 +6,7 @@ This is the only door from experiments to a framework, and it opens when a trial
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -20,9 +20,11 @@ from normkit.frameworks import part
 __all__ = [
     "COMPILED",
     "Batch",
+    "BatchStatistics",
     "ProbedTrainer",
     "RecalibratingTrainer",
     "Scores",
+    "SequenceTrainer",
     "Setup",
     "SiteValues",
     "Surface",
@@ -140,6 +142,27 @@ class ProbedTrainer(Trainer, Protocol):
 
     def surface(self, x: Any, y: Any) -> Surface:
         """The loss of this batch; using it changes nothing of the network."""
+
+
+class BatchStatistics(NamedTuple):
+    """What batch norm takes from a batch of sequences, step by step; as one step where it takes all together.
+
+    Attributes:
+        counts: (T,), values that each statistic is of.
+        means, variances: (T, channels) for each thing that is normalized, the variance biased. Without meaning where
+            the count is below 2.
+    """
+
+    counts: NDArray[np.int64]
+    means: tuple[NDArray[np.float64], ...]
+    variances: tuple[NDArray[np.float64], ...]
+
+
+class SequenceTrainer(Trainer, Protocol):
+    """What PyTorch's trainer can do besides, and conditions ask of no other."""
+
+    def statistics(self, batches: Iterable[Batch]) -> Iterator[BatchStatistics]:
+        """Those that batch norm takes of each batch in training mode; none without batch norm. Changes nothing."""
 
 
 class Training(Protocol):

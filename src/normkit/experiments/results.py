@@ -21,6 +21,7 @@ __all__ = [
     "Probe",
     "SiteStats",
     "Snapshot",
+    "StepNoise",
     "Stops",
     "TrialResult",
     "never",
@@ -133,6 +134,25 @@ class Probe(NamedTuple):
     percentiles: tuple[tuple[float, ...], ...]
 
 
+class StepNoise(NamedTuple):
+    """How much the statistics of batch norm vary between batches at one time step of a trained network.
+
+    By what is normalized: W x, or W x, U h and c.
+
+    Attributes:
+        alive: values that a statistic is of, mean over the batches: the sequences that have not ended.
+        expected: what `means` would be if these were independent: sqrt(mean of 1 / values).
+        means: standard deviation of the batch mean / that of all values of the step.
+        variances: standard deviation of the batch variance / its mean. Both are medians over the channels, NaN where
+            no channel varies.
+    """
+
+    alive: float
+    expected: float
+    means: tuple[float, ...]
+    variances: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class TrialResult:
     """What one trial gave.
@@ -158,6 +178,8 @@ class TrialResult:
         versions: names and versions of what trained.
         probes: the loss around the network at some steps, where the conditions ask for it.
         pruned: whether a pruner ended it, which saw it fall behind other rates of its norm.
+        noise: of the statistics of batch norm by time step, where the conditions ask for it; one entry where all steps
+            share a statistic.
     """
 
     config: TrialConfig
@@ -177,10 +199,11 @@ class TrialResult:
     versions: tuple[tuple[str, str], ...] = ()
     probes: tuple[Probe, ...] = ()
     pruned: bool = False
+    noise: tuple[StepNoise, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, strict: what is not finite becomes None."""
-        plain = asdict(replace(self, curve=(), snapshots=(), gap=None, versions=(), probes=()))
+        plain = asdict(replace(self, curve=(), snapshots=(), gap=None, versions=(), probes=(), noise=()))
         plain["key"] = self.config.key()
         plain["curve"] = [_plain(evaluation) for evaluation in self.curve]
         plain["snapshots"] = [
@@ -190,6 +213,7 @@ class TrialResult:
         plain["gap"] = None if self.gap is None else self.gap._asdict()
         plain["versions"] = dict(self.versions)
         plain["probes"] = [_plain(probe) for probe in self.probes]
+        plain["noise"] = [_plain(step) for step in self.noise]
         return plain
 
     @classmethod
@@ -209,6 +233,7 @@ class TrialResult:
                 "gap": None if plain["gap"] is None else Gap(**plain["gap"]),
                 "versions": tuple(plain["versions"].items()),
                 "probes": tuple(_probe(row) for row in plain.get("probes", ())),  # trials from before had none
+                "noise": tuple(_step_noise(row) for row in plain.get("noise", ())),
             }
         )
 
@@ -243,6 +268,11 @@ def _probe(row: list[Any]) -> Probe:
         changes=(probe.changes[0], probe.changes[1]),
         percentiles=tuple(map(tuple, probe.percentiles)),
     )
+
+
+def _step_noise(row: list[Any]) -> StepNoise:
+    alive, expected, means, variances = _floats(row)
+    return StepNoise(alive, expected, tuple(means), tuple(variances))
 
 
 def _plain(row: tuple[Any, ...]) -> list[Any]:

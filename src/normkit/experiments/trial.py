@@ -16,8 +16,17 @@ from normkit.experiments.config import MOMENTUM, TrialConfig, Variant
 from normkit.experiments.feeds import Feed, epoch_seed
 from normkit.experiments.landscape import Probing
 from normkit.experiments.memory import PeakMemory
-from normkit.experiments.protocol import Batch, RecalibratingTrainer, Scores, Setup, Trainer, Training
-from normkit.experiments.results import Evaluation, Gap, Snapshot, Stops, TrialResult, never, packed
+from normkit.experiments.noise import noise
+from normkit.experiments.protocol import (
+    Batch,
+    RecalibratingTrainer,
+    Scores,
+    SequenceTrainer,
+    Setup,
+    Trainer,
+    Training,
+)
+from normkit.experiments.results import Evaluation, Gap, Snapshot, StepNoise, Stops, TrialResult, never, packed
 from normkit.experiments.sites import Sites
 
 __all__ = ["Recipe", "run_trial", "seed_everything", "trainer_for"]
@@ -141,6 +150,7 @@ def run_trial(config: TrialConfig, recipe: Recipe, feed: Feed, training: Trainin
         versions=tuple(training.versions().items()),
         probes=tuple(probing.probes),
         pruned=pruned,
+        noise=_noise(trainer, feed, config) if whole else (),
     )
 
 
@@ -186,3 +196,11 @@ def _gap(trainer: Trainer, feed: Feed, config: TrialConfig) -> Gap | None:
     trained, evaluated = trainer.evaluate(batches, as_trained=True), trainer.evaluate(batches)
     gap = Gap(trained.loss, evaluated.loss, trained.metric, evaluated.metric)
     return gap if all(map(math.isfinite, gap)) else None
+
+
+def _noise(trainer: Trainer, feed: Feed, config: TrialConfig) -> tuple[StepNoise, ...]:
+    """Over the training batches of another epoch, where the conditions ask for it."""
+    if not config.conditions.batch_spread:
+        return ()
+    able = cast(SequenceTrainer, trainer)  # conditions on other frameworks are refused before
+    return noise(able.statistics(feed.batches(config.inputs, config.batch_size, config.seed, config.epochs)))

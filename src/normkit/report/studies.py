@@ -11,6 +11,7 @@ from normkit.report.figures import Final, Finals, Pen, percentiles
 from normkit.report.render import figures_of, require
 from normkit.studies.outcome import Case, Outcome, Outcomes, table
 from normkit.studies.presets import Study
+from normkit.studies.stepwise import LEGEND
 from normkit.studies.verdict import Level
 from normkit.tables import Table
 
@@ -48,6 +49,7 @@ class _Shown(NamedTuple):
     kind: str
     checks: list[tuple[str, str]]
     table: Table
+    noise: Table | None
     drawings: list[_Drawn]
     left_out: int
 
@@ -84,6 +86,7 @@ def _rendered(template: str, outcome: Outcome) -> str:
         outcome=outcome,
         study=outcome.study,
         kind=_CLASS[outcome.level],
+        noise_legend=LEGEND,
         cases=[_shown(outcome, case, number) for number, case in enumerate(outcome.cases)],
         facts=_facts(outcome),
     )
@@ -113,7 +116,8 @@ def _shown(outcome: Outcome, case: Case, number: int) -> _Shown:
     ]
     checks = [(_ANSWER[check.holds], check.said) for check in case.checks]
     left = max(0, len(found) - _DRAWINGS)
-    return _Shown(case.title, str(case.level), _CLASS[case.level], checks, table(case.found), drawings, left)
+    tables = table(case.found), case.noise
+    return _Shown(case.title, str(case.level), _CLASS[case.level], checks, *tables, drawings, left)
 
 
 def _figures(study: Study, case: Case, kind: str) -> Iterator[tuple[str, str, Drawable]]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from normkit.experiments.inference import ENOUGH
 from normkit.studies.measurements import USUAL, Measured, Measurements
 from normkit.studies.probed import Probed
+from normkit.studies.stepwise import KINDS, growth
 from normkit.studies.verdict import (
     Check,
     alike,
@@ -39,6 +40,7 @@ __all__ = [
     "COUNTED",
     "DECAY",
     "DROPOUT",
+    "EACH",
     "FIRST",
     "KERAS",
     "LABELS",
@@ -86,6 +88,7 @@ TORCH, KERAS, LONG = "momentum 0.1", "momentum 0.01", "momentum 0.01, long"
 POPULATION = "momentum 0.01, recalibrated"
 BLOCKED = "groups of 16, two classes each"
 COUNTED, MASKED = "one statistic, padding counted", "one statistic, padding masked"
+EACH = "statistics per step, of W x alone"
 ALONE, STEPS, LARGE = "each sequence alone", "statistics per step", "statistics per step, gamma 1"
 DECAY, RATE = "weight decay", "growing rate instead"
 
@@ -96,6 +99,7 @@ LEVEL = 1.1  # behind batch norm the spread is 1, but for epsilon and channels t
 FADES = 2.0
 SMOOTHER = 2.0  # times: the curves of arXiv:1805.11604 lie further apart, by up to a hundred
 BALANCE = 1.2  # times: what batches and few probes leave of a prediction that is exact in the mean
+NOISIER = 1.5  # times: more than half as many sequences explain, which is sqrt(2)
 RESTS = 0.05  # of the norm of weights, over a quarter of the training
 _WITHOUT_BOUND = 1e6  # of a signal that has died or is not finite
 
@@ -232,13 +236,20 @@ def non_iid(found: Measurements) -> Iterator[Check]:
 
 
 def recurrent(found: Measurements) -> Iterator[Check]:
-    """Padding in the statistics costs; each step its own loses nothing; gamma begins small; layer norm as good."""
+    """Padding in the statistics costs; each step its own loses nothing; gamma begins small; layer norm as good.
+
+    Statistics of late steps are noisier. U h is 0 at the first step and has no noise there.
+    """
     steps, masked = found.one("batch", STEPS), found.one("batch", MASKED)
     yield at_least(masked, found.one("batch", COUNTED), POINTS)
     yield not_worse(steps, masked, POINTS)
+    yield not_worse(found.one("batch", EACH), masked, POINTS)
     yield at_least(steps, found.one("batch", LARGE), POINTS)
     yield not_worse(found.one("layer", ALONE), steps, POINTS)
     yield not_worse(steps, found.one("none", ALONE), POINTS)
+    for kind, first in ((0, 0), (1, 1)):
+        noisier = f"noise of the batch means of {KINDS[kind]}, last step over step {first + 1}:"
+        yield at_least_times(f"{steps.label}: {noisier}", growth(steps.noise, kind, first), NOISIER)
 
 
 def covariate_shift(found: Measurements) -> Iterator[Check]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from normkit.experiments import Comparison
 from normkit.experiments.analysis import Group, VariantSummary
-from normkit.experiments.results import TrialResult, unpacked
+from normkit.experiments.results import StepNoise, TrialResult, unpacked
 from normkit.studies.probed import Probed, probed
+from normkit.studies.stepwise import step_noise
 
 __all__ = ["USUAL", "Measured", "Measurements", "measured"]
 
@@ -43,6 +44,7 @@ class Measured:
         examples: number of test examples, 0 where it is not known.
         trained: seconds of training in all runs.
         probed: what the probes say at each rate, where the circumstance asks for them.
+        noise: of the statistics of batch norm by time step, per seed, where the circumstance asks for it.
     """
 
     arm: str
@@ -66,6 +68,7 @@ class Measured:
     examples: int = 0
     trained: float = 0.0
     probed: tuple[Probed, ...] = ()
+    noise: tuple[tuple[StepNoise, ...], ...] = ()
 
     @property
     def label(self) -> str:
@@ -98,6 +101,7 @@ class Measured:
         return {
             **asdict(self),
             "probed": [one._asdict() for one in self.probed],
+            "noise": [[step_noise(step) for step in steps] for steps in self.noise],
             "label": self.label,
             "mean": self.mean,
             "spread": self.spread,
@@ -171,6 +175,7 @@ def _measured(comparison: Comparison, group: Group, variant: VariantSummary, arm
         probed=tuple(_probed(trials, rate.lr) for rate in variant.rates)
         if trials[0].config.conditions.landscape
         else (),
+        noise=tuple(trial.noise for trial in best if trial.noise),
     )
 
 

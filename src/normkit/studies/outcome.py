@@ -15,6 +15,7 @@ from normkit.experiments import Comparison
 from normkit.files import OutputFolder, save
 from normkit.studies.measurements import Measured, Measurements
 from normkit.studies.presets import STUDIES, Study
+from normkit.studies.stepwise import LEGEND, noise_table
 from normkit.studies.verdict import Check, Level, combined, decided
 from normkit.tables import Result, Table, plain
 
@@ -56,6 +57,11 @@ class Case:
     def title(self) -> str:
         """In words: `mlp on digits`."""
         return f"{self.model} on {self.data}"
+
+    @property
+    def noise(self) -> Table | None:
+        """Of the batch statistics by time step, where the study measures it."""
+        return noise_table((m.arm or m.norm, m.noise) for m in self.found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; of the comparisons the keys of their trials."""
@@ -155,6 +161,8 @@ class Outcome:
             for check in case.checks:
                 lines += _wrapped(f"{MARKS[check.holds]}  {check.said}", "  ")
             lines += ["", *str(table(case.found)).splitlines(), ""]
+            if case.noise is not None:
+                lines += [*str(case.noise).splitlines(), *_wrapped(LEGEND), ""]
         lines += _wrapped(_LEGEND)
         lines += _wrapped(f"It rests on {self.basis}")
         for said in (self.study.reading, *self.caveats):

@@ -65,7 +65,11 @@ def build(
     if sequences := asked.get("sequences"):
         if model != "mlp":
             raise NormValueError(message("`sequences` must be asked of mlp, whose place an LSTM takes", model))
-        others = [name for name in conditions.of_network if name not in ("sequences", "gamma")] if conditions else []
+        others = (
+            [name for name in conditions.of_network if name not in ("sequences", "gamma", "batch_spread")]
+            if conditions
+            else []
+        )
         if others:
             raise NormValueError(message("`sequences` must come without other changes of network", ", ".join(others)))
         return RowLSTM(shape, classes, norm, sequences, asked.get("gamma"), seed)

@@ -20,9 +20,10 @@ from normkit.torch.factory import norm_factory
 from normkit.torch.landscape import TorchSurface, vectors
 from normkit.torch.models import build, weighted_layers
 from normkit.torch.probe import as_tensors, check_sized, forward, probe, untouched
+from normkit.torch.sequences import RowLSTM, batch_statistics
 
 if TYPE_CHECKING:
-    from normkit.experiments.protocol import Batch, Scores, Setup, SiteValues, Vector
+    from normkit.experiments.protocol import Batch, BatchStatistics, Scores, Setup, SiteValues, Vector
 
 __all__ = [
     "TorchTrainer",
@@ -111,6 +112,11 @@ class TorchTrainer:
         """Put statistics of all these inputs in the place of running ones, where the network keeps any."""
         if any(name.endswith("running_mean") for name, _ in self.network.named_buffers()):
             recalibrate(self.network, [(as_tensors(x, self.network),) for x, _ in batches])  # inputs may be a tuple
+
+    def statistics(self, batches: Iterable[Batch]) -> Iterator[BatchStatistics]:
+        """Those that batch norm takes of each batch of sequences in training mode; changes nothing."""
+        assert isinstance(self.network, RowLSTM)  # what conditions on other networks come to is refused before
+        return batch_statistics(self.network, (as_tensors(x, self.network) for x, _ in batches))
 
     def weights(self) -> dict[str, NDArray[Any]]:
         """A copy of the weights of the dense and convolutional layers, by their order."""
