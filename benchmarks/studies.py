@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,11 +43,12 @@ def rows(name: str, model: str, repeats: int, quick: bool, storage: str, workers
         long = effort._replace(seeds=repeats * effort.seeds)
         whole = [compared(part, long, model, data, storage=storage, workers=workers) for part in parts]
         for repeat in range(repeats):
-            found = Measurements(
-                one
+            each = (
+                measured(taken(comparison, repeat, effort.seeds), part.names())
                 for part, comparison in zip(parts, whole, strict=True)
-                for one in measured(taken(comparison, repeat, effort.seeds), part.names())
             )
+            mine = range(repeat * effort.seeds, (repeat + 1) * effort.seeds)
+            found = Measurements(itertools.chain.from_iterable(each), study.against(mine))
             checks = study.checks(found)
             for number, check in enumerate(checks):
                 yield {

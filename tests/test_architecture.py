@@ -33,7 +33,7 @@ BELOW = {
     "surgery": {"errors", "frameworks", "tables", "core"},
     "checks": {"errors", "files", "frameworks", "tables", "core", "surgery"},
     "teaching": {"errors", "files", "frameworks", "tables", "core", "surgery", "checks"},
-    "studies": {"errors", "files", "tables", "experiments"},
+    "studies": {"errors", "files", "frameworks", "tables", "experiments"},
     "report": {"errors", "tables", "core", "experiments", "checks", "studies", "teaching"},
     "benchmarking": {"errors", "processes", "tables", "core", "kernels", "testing"},
     "cli": {"errors", "files", "frameworks", "tables", "core", "kernels", "surgery", "experiments", "report", "checks"}

@@ -3,8 +3,9 @@
 import math
 
 from normkit.experiments.results import StepNoise
+from normkit.studies import STUDIES
 from normkit.studies import criteria as names
-from normkit.studies.measurements import USUAL, Measured, Measurements
+from normkit.studies.measurements import USUAL, Against, Measured, Measurements
 from normkit.studies.probed import Probed
 
 RATES = (0.001, 0.01, 0.1, 1.0)
@@ -147,7 +148,15 @@ def holds(seeds=5):
             one("none", names.RATE, mean=None, **few),
         ],
     }
-    return {name: Measurements(found) for name, found in made.items()}
+    formulas = [Against("a ratio", 0.5, tuple(0.5 * (1 + w) for w in WIGGLE[:seeds]))]
+    return {name: Measurements(found, formulas if STUDIES[name].formulas else ()) for name, found in made.items()}
+
+
+def off(found, factor):
+    """The same where formulas give something else than is measured, by a factor."""
+    return Measurements(
+        found, [a._replace(measured=tuple(factor * value for value in a.measured)) for a in found.against]
+    )
 
 
 SPOILED = (USUAL, names.LABELS, names.OUTLIERS)
@@ -155,9 +164,10 @@ SPOILED = (USUAL, names.LABELS, names.OUTLIERS)
 
 def changed(found, norm, arm=None, inputs=None, **values):
     """The same with what belongs to a norm (in a circumstance, with a scaling of inputs) measured anew."""
-    return Measurements(
+    again = (
         one(m.norm, m.arm, inputs=m.inputs, **values)
         if m.norm == norm and arm in (None, m.arm) and inputs in (None, m.inputs)
         else m
         for m in found
     )
+    return Measurements(again, found.against)

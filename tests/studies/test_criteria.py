@@ -1,11 +1,11 @@
 """Every study on measurements made by hand reaches every verdict: none of them is fixed beforehand."""
 
 import pytest
-from made_measurements import RATES, ROUGH, SMOOTH, changed, holds, probes, stepwise
+from made_measurements import RATES, ROUGH, SMOOTH, changed, holds, off, probes, stepwise
 
 from normkit.studies import STUDIES
 from normkit.studies import criteria as names
-from normkit.studies.measurements import USUAL
+from normkit.studies.measurements import USUAL, Measurements
 from normkit.studies.probed import Probed
 from normkit.studies.verdict import Level, decided
 
@@ -110,7 +110,7 @@ def after(name, changes):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_it_does_not_hold(name):
-    checks = STUDIES[name].checks(after(name, NOT[name]))
+    checks = STUDIES[name].checks(off(after(name, NOT[name]), 1.5))
     assert decided(checks) is Level.NOT, [check for check in checks if check.holds is not False]
 
 
@@ -120,6 +120,15 @@ def test_it_holds_partly(name):
     assert decided(checks) is Level.PARTLY, checks
 
 
+@pytest.mark.parametrize("name", [name for name in STUDIES if STUDIES[name].formulas])
+def test_a_formula_decides_with_the_rest(name):
+    assert verdict(name, off(holds()[name], 0.9)) is Level.PARTLY
+    assert verdict(name, off(holds()[name], 1.05)) is Level.UNKNOWN  # the interval is on both sides of the tolerance
+    assert verdict(name, off(holds()[name], 1.02)) is Level.HOLDS
+    with pytest.raises(LookupError, match="no formula"):
+        STUDIES[name].checks(Measurements(holds()[name]))
+
+
 def test_a_claim_of_a_single_check_cannot_hold_partly():
     assert set(STUDIES) - set(PART) == {"overhead"}
     assert len(STUDIES["overhead"].checks(holds()["overhead"])) == 1
@@ -127,7 +136,7 @@ def test_a_claim_of_a_single_check_cannot_hold_partly():
 
 @pytest.mark.parametrize("name", ["convergence", "regularization", "dropout", "placement"])
 def test_a_norm_that_diverges_at_every_rate_has_lost(name):
-    checks = STUDIES[name].checks(changed(holds()[name], "batch", mean=None))
+    checks = STUDIES[name].checks(off(changed(holds()[name], "batch", mean=None), 1.5))
     assert not any(check.holds for check in checks)
     assert False in {check.holds for check in checks}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from normkit.experiments import Comparison
 from normkit.experiments.analysis import Group, VariantSummary
@@ -13,7 +13,7 @@ from normkit.experiments.results import StepNoise, TrialResult, unpacked
 from normkit.studies.probed import Probed, probed
 from normkit.studies.stepwise import step_noise
 
-__all__ = ["USUAL", "Measured", "Measurements", "measured"]
+__all__ = ["USUAL", "Against", "Measured", "Measurements", "measured"]
 
 USUAL = ""  # the name of the circumstance in which nothing is changed
 
@@ -108,11 +108,19 @@ class Measured:
         }
 
 
-class Measurements:
-    """All that a study measured on one network and data set."""
+class Against(NamedTuple):
+    """A number that a formula gives, and what was measured of it, per seed, on random networks without training."""
 
-    def __init__(self, found: Iterable[Measured]) -> None:
-        self._found = tuple(found)
+    what: str
+    formula: float
+    measured: tuple[float, ...]
+
+
+class Measurements:
+    """All that a study measured on one network and data set, and beside it, of the numbers that formulas give."""
+
+    def __init__(self, found: Iterable[Measured], against: Iterable[Against] = ()) -> None:
+        self._found, self.against = tuple(found), tuple(against)
 
     def __iter__(self) -> Iterator[Measured]:
         return iter(self._found)

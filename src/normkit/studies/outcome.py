@@ -71,6 +71,7 @@ class Case:
             "verdict": str(self.level),
             "checks": [check._asdict() for check in self.checks],
             "measured": [_finite(m.to_dict()) for m in self.found],
+            "formulas": [against._asdict() for against in self.found.against],
             "trials": [trial.config.key() for comparison in self.comparisons for trial in comparison.trials],
         }
 

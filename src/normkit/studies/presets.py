@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from normkit.errors import NormValueError, message, nearest
 from normkit.experiments.conditions import AS_USUAL, Conditions
 from normkit.studies import criteria as names
-from normkit.studies.measurements import USUAL, Measurements
+from normkit.studies.formulas import Formulas, dropout_variance, residual_growth
+from normkit.studies.measurements import USUAL, Against, Measurements
 from normkit.studies.verdict import Check
 
 __all__ = ["STUDIES", "Arm", "Effort", "Part", "Study", "find"]
@@ -83,6 +84,7 @@ class Study:
         figures: the kinds of figures that show it best, as the report of a comparison calls them.
         data: the data sets it is tried on by default.
         repeated: what came out with other seeds, as `benchmarks/studies.csv` has it; empty where that was not tried.
+        formulas: what is measured, beside the comparisons, against formulas.
     """
 
     name: str
@@ -96,10 +98,15 @@ class Study:
     figures: tuple[str, ...] = ("final",)
     data: tuple[str, ...] = ("digits",)
     repeated: str = ""
+    formulas: Formulas | None = None
 
     def parts_for(self, model: str) -> tuple[Part, ...]:
         """The parts that a network takes part in."""
         return tuple(part for part in self.parts if model in part.models)
+
+    def against(self, seeds: range) -> tuple[Against, ...]:
+        """What is measured against formulas, with these seeds."""
+        return self.formulas(seeds) if self.formulas else ()
 
     def checks(self, found: Measurements) -> tuple[Check, ...]:
         """The criterion, applied."""
@@ -211,15 +218,17 @@ _ALL = (
     Study(
         "depth",
         "Without normalization the signal changes its size from layer to layer; with batch norm it keeps it, and deep "
-        "networks train.",
+        "networks train. In residual networks it grows: twofold per block without norm, and ever less with it.",
         "The spread within the channels of what enters each activation, at initialization, in networks of 4, 10 and 20 "
-        "hidden layers; and the rates at which they learn.",
-        "Residual networks, where the signal grows with depth, are not part of this.",
+        "hidden layers; and the rates at which they learn. The mean square of x in 10 random blocks x + W relu(x) and "
+        "x + W relu(batch norm(x)), 512 wide, against 2^k and 1 + k.",
+        "The residual networks are measured at initialization on normal inputs, and not trained.",
         (Part(("none", "batch"), tuple(Arm(names.layers(count), Conditions(depth=count)) for count in (4, 10, 20))),),
         names.depth,
         full=Effort((0.003, 0.03, 0.3), 5, 6),
         quick=Effort((0.003, 0.03, 0.3), 3, 4, ("mlp",)),
         figures=("depth-before",),
+        formulas=residual_growth,
     ),
     Study(
         "train-eval-gap",
@@ -295,15 +304,19 @@ _ALL = (
     ),
     Study(
         "dropout",
-        "With batch norm dropout can be left out.",
+        "With batch norm dropout can be left out; in front of batch norm it makes the variance in evaluation another "
+        "than in training.",
         "Without norm and with batch norm, each with and without dropout of one half behind every hidden activation, "
-        "on the data of `regularization`.",
-        "Batch norm alone has to end within 3 points of the better of dropout alone and both together. The change of "
-        "variance that dropout makes in front of batch norm is not measured here.",
+        "on the data of `regularization`. And dropout, a linear layer of 512 and batch norm on random inputs: the "
+        "variance in evaluation over the one that batch norm keeps, against v / ((c^2 + v) / p - c^2) with p kept and "
+        "inputs of mean c and variance v.",
+        "Batch norm alone has to end within 3 points of the better of dropout alone and both together. The formula "
+        "is for inputs independent of each other, as the random ones are and those inside a network are not.",
         (Part(("none", "batch"), _spoiled()), Part(("none", "batch"), tuple(_dropped(_spoiled())))),
         names.dropout,
         full=Effort((0.003, 0.01, 0.03, 0.1), 5, 30),
         quick=Effort((0.01, 0.03), 3, 15, ("mlp",)),
+        formulas=dropout_variance,
     ),
     Study(
         "appearance",

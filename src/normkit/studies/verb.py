@@ -113,6 +113,7 @@ def _run(
     shared: dict[str, Any],
 ) -> Outcome:
     begun = time.perf_counter()
+    against = study.against(range(effort.seeds))
     cases = []
     for data, loaded in sources or tuple((name, _loaded(name)) for name in study.data):
         models = [model for model in effort.models if model == "mlp" or loaded.is_images]
@@ -125,7 +126,7 @@ def _run(
                 raise NormValueError(message(f"`model` of {study.name} must be {others}", model))
             comparisons = tuple(compared(part, effort, model, data, **shared) for part in parts)
             pairs = zip(parts, comparisons, strict=True)
-            found = Measurements(m for part, comparison in pairs for m in measured(comparison, part.names()))
+            found = Measurements((m for part, comparison in pairs for m in measured(comparison, part.names())), against)
             cases.append(Case(loaded.name, model, found, study.checks(found), comparisons))
     return Outcome(study, quick, tuple(cases), _environment(cases, time.perf_counter() - begun, command))
 

@@ -12,11 +12,12 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from normkit.experiments.inference import ENOUGH, Estimate, estimate
-from normkit.studies.measurements import Measured
+from normkit.studies.measurements import Against, Measured
 
 __all__ = [
     "Check",
     "Level",
+    "agrees",
     "alike",
     "at_least",
     "at_least_times",
@@ -152,6 +153,23 @@ def positive(what: str, values: Sequence[float]) -> Check:
     holds = _judged(found, lambda low: low > 0, lambda high: high < 0)
     ends = f" [{found.low:+.2f}, {found.high:+.2f}]" if found.low is not None and found.high is not None else ""
     return Check(f"{what}: {found.value:+.2f}{ends}; asked for: more than 0", holds)
+
+
+def agrees(against: Against, tolerance: float) -> Check:
+    """Whether what was measured is what the formula gives: the whole interval within a share of it, or outside."""
+    ratios = [value / against.formula - 1 for value in against.measured]
+    found = estimate(ratios) if ratios else Estimate(math.nan)
+    holds: bool | None = None
+    if found.low is not None and found.high is not None:
+        inside = -tolerance <= found.low and found.high <= tolerance
+        outside = found.low > tolerance or found.high < -tolerance
+        holds = True if inside else False if outside else None
+    value = against.formula * (1 + found.value)
+    shown = "unknown" if math.isnan(found.value) else f"{value:.4g}, {100 * found.value:+.1f} %"
+    if found.low is not None and found.high is not None:
+        shown += f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    said = f"{against.what}: formula {against.formula:.4g}, measured {shown}; asked for: within {100 * tolerance:g} %"
+    return Check(said, holds)
 
 
 # ---- checks of steps, seconds and rates
