@@ -45,7 +45,7 @@ class Effort(NamedTuple):
     models: tuple[str, ...] = ("mlp", "cnn")
 
 
-FULL, QUICK = Effort(_RATES, 5, 6), Effort(_THREE, 3, 6, ("mlp",))
+FULL, QUICK = Effort(_RATES, 5, 6), Effort(_THREE, 5, 6, ("mlp",))
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ _ALL = (
         ),
         names.inputs,
         full=Effort((0.0001, 0.001, 0.01, 0.1), 5, 20),
-        quick=Effort((0.001, 0.01, 0.1), 3, 8, ("mlp",)),
+        quick=Effort((0.001, 0.01, 0.1), 5, 8, ("mlp",)),
         figures=("rates",),
         data=("digits", "wine"),
         repeated="mlp on digits, quick version, 3 seeds each: 3 x holds partly, 2 x not enough evidence; mlp on wine, "
@@ -191,7 +191,7 @@ _ALL = (
         (Part(("none", "batch")),),
         names.learning_rate,
         full=Effort((0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 5, 6),
-        quick=Effort((0.003, 0.03, 0.3, 3.0), 3, 4, ("mlp",)),
+        quick=Effort((0.003, 0.03, 0.3, 3.0), 5, 4, ("mlp",)),
         figures=("rates",),
         repeated="mlp on digits, quick version, 3 seeds each: 4 x holds",
     ),
@@ -211,7 +211,7 @@ _ALL = (
         ),
         names.initialization,
         full=Effort((0.003, 0.03, 0.3), 5, 6),
-        quick=Effort((0.01, 0.1), 3, 6, ("mlp",)),
+        quick=Effort((0.01, 0.1), 5, 6, ("mlp",)),
         figures=("rates",),
         repeated="mlp on digits, quick version, 3 seeds each: 4 x not enough evidence, 1 x holds partly",
     ),
@@ -226,7 +226,7 @@ _ALL = (
         (Part(("none", "batch"), tuple(Arm(names.layers(count), Conditions(depth=count)) for count in (4, 10, 20))),),
         names.depth,
         full=Effort((0.003, 0.03, 0.3), 5, 6),
-        quick=Effort((0.003, 0.03, 0.3), 3, 4, ("mlp",)),
+        quick=Effort((0.003, 0.03, 0.3), 5, 4, ("mlp",)),
         figures=("depth-before",),
         formulas=residual_growth,
     ),
@@ -275,7 +275,7 @@ _ALL = (
         ),
         names.batch_size,
         full=Effort((0.003, 0.01, 0.03, 0.1), 5, 10),
-        quick=Effort((0.01, 0.03), 3, 8, ("mlp",)),
+        quick=Effort((0.01, 0.03), 5, 8, ("mlp",)),
         figures=("final",),
         repeated="mlp on digits, quick version, 3 seeds each: 5 x not enough evidence",
     ),
@@ -299,7 +299,7 @@ _ALL = (
         (Part(("none", "batch"), _spoiled()),),
         names.regularization,
         full=Effort((0.003, 0.01, 0.03, 0.1), 5, 30),
-        quick=Effort((0.01, 0.03), 3, 15, ("mlp",)),
+        quick=Effort((0.01, 0.03), 5, 15, ("mlp",)),
         repeated="mlp on digits, quick version, 3 seeds each: 5 x not enough evidence",
     ),
     Study(
@@ -315,7 +315,7 @@ _ALL = (
         (Part(("none", "batch"), _spoiled()), Part(("none", "batch"), tuple(_dropped(_spoiled())))),
         names.dropout,
         full=Effort((0.003, 0.01, 0.03, 0.1), 5, 30),
-        quick=Effort((0.01, 0.03), 3, 15, ("mlp",)),
+        quick=Effort((0.01, 0.03), 5, 15, ("mlp",)),
         formulas=dropout_variance,
     ),
     Study(
@@ -350,7 +350,7 @@ _ALL = (
         ),
         names.appearance,
         full=Effort((0.01, 0.03, 0.1), 5, 10),
-        quick=Effort(_THREE[:2], 3, 6, ("mlp",)),
+        quick=Effort(_THREE[:2], 5, 6, ("mlp",)),
         repeated="mlp on digits, quick version, 3 seeds each: 5 x holds partly",
     ),
     Study(
@@ -370,7 +370,7 @@ _ALL = (
         ),
         names.non_iid,
         full=Effort(_THREE, 5, 30),
-        quick=Effort((0.03,), 3, 20, ("mlp",)),
+        quick=Effort((0.03,), 5, 20, ("mlp",)),
         repeated="mlp on digits, quick version, 3 seeds each: 4 x holds partly",
     ),
     Study(
@@ -457,7 +457,7 @@ _ALL = (
         ),
         names.weight_decay,
         full=Effort((0.03,), 5, 40),
-        quick=Effort((0.03,), 3, 30, ("mlp",)),
+        quick=Effort((0.03,), 5, 30, ("mlp",)),
         repeated="mlp on digits, quick version, 3 seeds each: 4 x not enough evidence",
     ),
 )
