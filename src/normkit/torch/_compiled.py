@@ -37,13 +37,21 @@ __all__ = [
     "Case",
     "Normalized",
     "covers",
+    "covers_shared",
     "decide",
+    "decide_shared",
     "evaluate",
+    "found",
+    "gradient",
     "keep",
     "known",
+    "like",
     "normalize",
+    "normalize_by",
     "signature",
+    "sums",
     "threads",
+    "twice",
 ]
 
 _native = available()
@@ -151,15 +159,43 @@ def decide(
         registry.refused("native", found)
         return None
     own, numbers = (found, found.numbers) if isinstance(found, Geometry) else (None, found)
-    direct = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in (gamma, beta))
     writes = own is not None and kept is not None and _writes(spec, own, kept, number)
-    kinds = _DTYPES[x.dtype], ACTIVATIONS[activation], direct, writes, x.nbytes > _HUGE
-    case = Case(spec, p, numbers, own, activation, *kinds)
+    case = _case(spec, p, numbers, own, activation, x, gamma, beta, writes=writes)
     if key is not None:
         if len(_known) >= _CASES:
             _known.clear()
         _known[key] = case
     return case
+
+
+def decide_shared(
+    spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, activation: str | None
+) -> Case:
+    """The case of a part of a batch that :func:`covers_shared` lets pass: its statistics are found, and later given."""
+    numbers: tuple[int, ...] = ()  # without values there is nothing to walk
+    layout = layout_of(x)
+    if x.numel() and layout is not None:
+        found = geometry(spec.name, p, tuple(x.shape), layout)
+        assert not isinstance(found, str), found
+        numbers = found.numbers
+    return _case(spec, p, numbers, None, activation, x, gamma, beta, writes=False)
+
+
+def _case(
+    spec: NormSpec,
+    p: NormPlan,
+    numbers: tuple[int, ...],
+    found: Geometry | None,
+    activation: str | None,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    writes: bool,
+) -> Case:
+    direct = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in (gamma, beta))
+    kinds = _DTYPES[x.dtype], ACTIVATIONS[activation], direct, writes, x.nbytes > _HUGE
+    return Case(spec, p, numbers, found, activation, *kinds)
 
 
 def normalize(
@@ -203,6 +239,103 @@ def keep(
     count = 0 if number is None else number.data_ptr()
     _native.keep(found.statistics, *_places(statistics), mean, var, count, rate, unbiased, skip)
     torch.autograd.graph.increment_version(written)  # the kernel wrote behind autograd's back
+
+
+def found(case: Case, x: Tensor) -> Tensor:
+    """Variance, mean and rest of the mean of a part, of shape (3, C)."""
+    statistics = torch.empty((3, x.shape[1]), dtype=torch.float32)
+    how = *_places(statistics), 0.0, True, False, case.kind, ACTIVATIONS[None], threads(x)
+    _native.forward(_SET, case.numbers, x.data_ptr(), 0, 0, 0, 0, *how)
+    return statistics
+
+
+def normalize_by(
+    case: Case,
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    statistics: Tensor,
+    eps: float,
+) -> Tensor:
+    """Return act(norm(x) + residual) by given statistics, as :func:`found` gives them. Autograd does not see it."""
+    return _forward(case, x, residual, gamma, beta, _places(statistics), eps)
+
+
+def sums(
+    case: Case,
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    statistics: Tensor,
+    eps: float,
+) -> Tensor:
+    """Of shape (2, C): the sums of the gradient before the activation, and of that times the normalized input.
+
+    `dy` and `residual` lie as x does.
+    """
+    into = torch.empty((2, x.shape[1]), dtype=torch.float32)
+    if not case.direct:
+        gamma, beta = _single(gamma), _single(beta)
+    _native.backward(
+        _SET,
+        case.numbers,
+        dy.data_ptr(),
+        x.data_ptr(),
+        _address(residual),
+        _address(gamma),
+        _address(beta),
+        0,
+        0,
+        into[1].data_ptr(),
+        into[0].data_ptr(),
+        *_settings(case, x, _places(statistics), eps),
+    )
+    return into
+
+
+def gradient(
+    case: Case,
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    statistics: Tensor,
+    eps: float,
+    averages: Tensor,
+    *,
+    for_x: bool,
+    for_residual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of the residual, from the averages of `sums` over the whole. All lie as x does."""
+    dx = _empty_like(x, case) if for_x else None
+    dresidual = None
+    if for_residual:  # without an activation the gradient goes through the sum as it is
+        dresidual = _empty_like(x, case) if case.act else dy
+    if not case.direct:
+        gamma, beta = _single(gamma), _single(beta)
+    _native.gradient(
+        _SET,
+        case.numbers,
+        dy.data_ptr(),
+        x.data_ptr(),
+        _address(residual),
+        _address(gamma),
+        _address(beta),
+        _address(dx),
+        _address(dresidual) if case.act else 0,
+        averages[0].data_ptr(),
+        averages[1].data_ptr(),
+        *_places(statistics),
+        eps,
+        case.kind,
+        case.act,
+        threads(x),
+    )
+    return dx, dresidual
 
 
 def _writes(spec: NormSpec, found: Geometry, kept: Mapping[str, Tensor], number: Tensor | None) -> bool:
@@ -250,7 +383,7 @@ class _Normalize(torch.autograd.Function):
                 plain = replace(case.spec, gain="w")  # gamma is whole here
                 return formula.normalize(torch, plain, case.plan, x, gamma, beta, eps=eps)[0]
 
-            return *_twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None
+            return *twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None
         places = _places(statistics)
         return *_backward(ctx, case, dy, x, residual, gamma, beta, places, eps, summed), None, None, None
 
@@ -291,7 +424,7 @@ class _Evaluate(torch.autograd.Function):
                 y = y if gamma is None else y * gamma.reshape(shape)
                 return y if beta is None else y + beta.reshape(shape)
 
-            return *_twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None, None
+            return *twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None, None
         places = var.data_ptr(), mean.data_ptr(), 0
         return *_backward(ctx, case, dy, x, residual, gamma, beta, places, eps, summed), None, None, None, None
 
@@ -309,7 +442,7 @@ def _forward(
     if not case.direct:
         gamma, beta = _single(gamma), _single(beta)
     if residual is not None:
-        residual = _like(residual, x)
+        residual = like(residual, x)
     _native.forward(
         _SET,
         case.numbers,
@@ -342,9 +475,9 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, residual, gamma and beta."""
     for_x, for_residual, for_gamma, for_beta, *_ = ctx.needs_input_grad
-    dy = _like(dy, x)
+    dy = like(dy, x)
     if residual is not None:
-        residual = _like(residual, x)
+        residual = like(residual, x)
     own_gamma, own_beta = (gamma, beta) if case.direct else (_single(gamma), _single(beta))
     dx = _empty_like(x, case) if for_x else None
     dresidual = None
@@ -372,7 +505,7 @@ def _backward(
     return dx, dresidual, dgamma, dbeta
 
 
-def _twice(
+def twice(
     ctx: Any,
     again: Any,
     dy: Tensor,
@@ -434,6 +567,11 @@ def _covers_given(
     return missing() if _native is None else evaluation(tuple(x.shape), layout)
 
 
+def covers_shared(x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None = None) -> str:
+    """Why the halves cannot take such a part of a batch, whatever its layout and size; empty if they can."""
+    return _unfit("contiguous", x, residual, gamma, beta) or (missing() if _native is None else "")
+
+
 def _unfit(layout: Layout | None, x: Tensor, residual: Tensor | None, *affine: Tensor | None) -> str:
     """Why no kernel can take such tensors; empty if one can."""
     if x.device.type != "cpu":
@@ -456,7 +594,7 @@ def _empty_like(x: Tensor, case: Case) -> Tensor:
     return y
 
 
-def _like(t: Tensor, x: Tensor) -> Tensor:
+def like(t: Tensor, x: Tensor) -> Tensor:
     """In the type and order of the input."""
     if t.dtype != x.dtype:
         t = t.to(x.dtype)
