@@ -36,20 +36,18 @@ from normkit.torch._layout import CHANNELS_LAST, layout_of
 __all__ = [
     "Case",
     "Normalized",
+    "Part",
     "covers",
     "covers_shared",
     "decide",
     "decide_shared",
     "evaluate",
-    "found",
-    "gradient",
     "keep",
     "known",
     "like",
     "normalize",
-    "normalize_by",
     "signature",
-    "sums",
+    "statistics_of",
     "threads",
     "twice",
 ]
@@ -241,7 +239,7 @@ def keep(
     torch.autograd.graph.increment_version(written)  # the kernel wrote behind autograd's back
 
 
-def found(case: Case, x: Tensor) -> Tensor:
+def statistics_of(case: Case, x: Tensor) -> Tensor:
     """Variance, mean and rest of the mean of a part, of shape (3, C)."""
     statistics = torch.empty((3, x.shape[1]), dtype=torch.float32)
     how = *_places(statistics), 0.0, True, False, case.kind, ACTIVATIONS[None], threads(x)
@@ -249,93 +247,58 @@ def found(case: Case, x: Tensor) -> Tensor:
     return statistics
 
 
-def normalize_by(
-    case: Case,
-    x: Tensor,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    statistics: Tensor,
-    eps: float,
-) -> Tensor:
-    """Return act(norm(x) + residual) by given statistics, as :func:`found` gives them. Autograd does not see it."""
-    return _forward(case, x, residual, gamma, beta, _places(statistics), eps)
+class Part(NamedTuple):
+    """A part of a batch, as kernels read it, and the statistics of the whole. Autograd sees nothing of it."""
 
+    case: Case
+    x: Tensor
+    residual: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    statistics: Tensor
+    eps: float
 
-def sums(
-    case: Case,
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    statistics: Tensor,
-    eps: float,
-) -> Tensor:
-    """Of shape (2, C): the sums of the gradient before the activation, and of that times the normalized input.
+    @classmethod
+    def of(cls, case: Case, x: Tensor, residual: Tensor | None, *others: Any) -> Part:
+        """Of tensors in any order and type that :func:`covers_shared` lets pass."""
+        gamma, beta, statistics, eps = others
+        if not case.direct:
+            gamma, beta = _single(gamma), _single(beta)
+        return cls(case, x, None if residual is None else like(residual, x), gamma, beta, statistics, eps)
 
-    `dy` and `residual` lie as x does.
-    """
-    into = torch.empty((2, x.shape[1]), dtype=torch.float32)
-    if not case.direct:
-        gamma, beta = _single(gamma), _single(beta)
-    _native.backward(
-        _SET,
-        case.numbers,
-        dy.data_ptr(),
-        x.data_ptr(),
-        _address(residual),
-        _address(gamma),
-        _address(beta),
-        0,
-        0,
-        into[1].data_ptr(),
-        into[0].data_ptr(),
-        *_settings(case, x, _places(statistics), eps),
-    )
-    return into
+    def normalize(self) -> Tensor:
+        """Return act(norm(x) + residual)."""
+        y = _empty_like(self.x, self.case)
+        _native.forward(_SET, self.case.numbers, *self._tensors(), y.data_ptr(), *self._settings())
+        return y
 
+    def sums(self, dy: Tensor) -> Tensor:
+        """Of shape (2, C): of the gradient before the activation, and of that times the normalized input.
 
-def gradient(
-    case: Case,
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    statistics: Tensor,
-    eps: float,
-    averages: Tensor,
-    *,
-    for_x: bool,
-    for_residual: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and of the residual, from the averages of `sums` over the whole. All lie as x does."""
-    dx = _empty_like(x, case) if for_x else None
-    dresidual = None
-    if for_residual:  # without an activation the gradient goes through the sum as it is
-        dresidual = _empty_like(x, case) if case.act else dy
-    if not case.direct:
-        gamma, beta = _single(gamma), _single(beta)
-    _native.gradient(
-        _SET,
-        case.numbers,
-        dy.data_ptr(),
-        x.data_ptr(),
-        _address(residual),
-        _address(gamma),
-        _address(beta),
-        _address(dx),
-        _address(dresidual) if case.act else 0,
-        averages[0].data_ptr(),
-        averages[1].data_ptr(),
-        *_places(statistics),
-        eps,
-        case.kind,
-        case.act,
-        threads(x),
-    )
-    return dx, dresidual
+        `dy` lies as x does.
+        """
+        into = torch.empty((2, self.x.shape[1]), dtype=torch.float32)
+        first, second = (part.data_ptr() for part in into)
+        tensors = dy.data_ptr(), *self._tensors()
+        _native.backward(_SET, self.case.numbers, *tensors, 0, 0, second, first, *self._settings())
+        return into
+
+    def gradient(
+        self, dy: Tensor, averages: Tensor, *, for_x: bool, for_residual: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and of the residual before an activation, from the averages of `sums` over the whole."""
+        dx, dresidual = (_empty_like(self.x, self.case) if wanted else None for wanted in (for_x, for_residual))
+        first, second = (part.data_ptr() for part in averages)
+        tensors = dy.data_ptr(), *self._tensors(), _address(dx), _address(dresidual)
+        how = *_places(self.statistics), self.eps, self.case.kind, self.case.act, threads(self.x)
+        _native.gradient(_SET, self.case.numbers, *tensors, first, second, *how)
+        return dx, dresidual
+
+    def _tensors(self) -> tuple[int, ...]:
+        return self.x.data_ptr(), _address(self.residual), _address(self.gamma), _address(self.beta)
+
+    def _settings(self) -> tuple[Any, ...]:
+        return _settings(self.case, self.x, _places(self.statistics), self.eps)
 
 
 def _writes(spec: NormSpec, found: Geometry, kept: Mapping[str, Tensor], number: Tensor | None) -> bool:

@@ -78,7 +78,7 @@ def _merged(case: compiled.Case, x: Tensor, group: Any) -> tuple[Tensor, float]:
     channels = x.shape[1]
     mine = torch.zeros((3, channels), dtype=torch.float64)
     if x.numel():
-        var, mean, rest = compiled.found(case, x).double()
+        var, mean, rest = compiled.statistics_of(case, x).double()
         mine = torch.stack([torch.full_like(mean, x.numel() // channels), mean + rest, var])
     every = mine.new_empty((dist.get_world_size(group), *mine.shape))
     dist.all_gather(list(every), mine, group=group)  # in the same order everywhere, so the same to the last bit
@@ -112,7 +112,7 @@ class _Synchronized(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not x.numel():
             return torch.empty_like(x)
-        return compiled.normalize_by(case, x, residual, gamma, beta, statistics, eps)
+        return compiled.Part.of(case, x, residual, gamma, beta, statistics, eps).normalize()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -127,19 +127,21 @@ class _Synchronized(torch.autograd.Function):
 
             return *compiled.twice(ctx, again, dy, x, residual, gamma, beta, case, summed), *(None,) * 5
         for_x, for_residual, for_gamma, for_beta, *_ = ctx.needs_input_grad
-        dy, residual = compiled.like(dy, x), None if residual is None else compiled.like(residual, x)
-        tensors = dy, x, residual, gamma, beta, statistics, eps
+        dy, for_residual = compiled.like(dy, x), summed and for_residual
+        part = compiled.Part.of(case, x, residual, gamma, beta, statistics, eps)
         own = torch.zeros((2, x.shape[1]))
         if x.numel() and (for_x or for_gamma or for_beta):
-            own = compiled.sums(case, *tensors)
+            own = part.sums(dy)
         averages = own.double()
         if for_x:  # what a process gives depends on what every one puts in
             dist.all_reduce(averages, group=group)
         averages = (averages / max(total, 1.0)).float()
-        dx, dresidual = torch.empty_like(x) if for_x else None, dy if summed and for_residual else None
-        if x.numel() and (for_x or (dresidual is not None and case.act)):
-            wanted = {"for_x": for_x, "for_residual": summed and for_residual}
-            dx, dresidual = compiled.gradient(case, *tensors, averages, **wanted)
+        dx = torch.empty_like(x) if for_x else None
+        dresidual = dy if for_residual else None  # it goes through the sum as it is
+        behind = for_residual and bool(case.act)
+        if x.numel() and (for_x or behind):
+            dx, before = part.gradient(dy, averages, for_x=for_x, for_residual=behind)
+            dresidual = before if behind else dresidual
         dgamma = own[1].to(gamma.dtype) if gamma is not None and for_gamma else None
         dbeta = own[0].to(beta.dtype) if beta is not None and for_beta else None
         return dx, dresidual, dgamma, dbeta, *(None,) * 5
