@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import normkit
 import normkit.torch as nk
 from normkit.errors import NormError
 from normkit.kernels import instruction_sets, registry
 from normkit.torch import _compiled as compiled
-from normkit.torch import coverage, functional
+from normkit.torch import coverage, functional, layers
+from normkit.torch.factory import norm_layer
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,10 @@ CASES = {
     "channels last": (values(5, 3, 4, 2).to(memory_format=torch.channels_last), {}),
     "bfloat16": (values(5, 3, 4, 2).bfloat16(), {}),
     "mask": (values(5, 3, 4), {"mask": values(5, 4, seed=1) > 0}),
+    "mask and residual": (
+        values(5, 3, 4, 2).to(memory_format=torch.channels_last),
+        {"mask": values(5, 4, 2, seed=1) > 0, "residual": values(5, 3, 4, 2, seed=5), "activation": "silu"},
+    ),
     "weights": (values(5, 3, 4), {"sample_weight": 100 * values(5, seed=1).abs()}),
     "constant": (torch.ones(4, 3, 2), {}),
     "biased": (values(5, 3, 4), {"bessel": False}),
@@ -68,7 +74,7 @@ CASES = {
     "float16": (values(5, 3, 4).half(), {}),
 }
 # What the compiled halves take; the formula takes the others, and all where it is chosen.
-OF_THE_FORMULA = {"volumes, float64", "float16", "mask", "weights"}
+OF_THE_FORMULA = {"volumes, float64", "float16", "weights"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -198,3 +204,20 @@ def test_alone_it_is_its_twin_of_torch(mode):
     assert str(ours).partition("(")[2] == str(theirs).partition("(")[2]
     positions = [list(inspect.signature(kind).parameters)[:8] for kind in (nk.SyncBatchNorm, torch.nn.SyncBatchNorm)]
     assert positions[0] == positions[1]
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_activation_and_residual_are_handed_on(group, axis):
+    """To the layer itself, so that padding is 0 behind the residual too, and one kernel does it all."""
+    torch.manual_seed(0)
+    plain = nk.NormAct(nk.BatchNorm1d(3), "silu")
+    synced = nk.NormAct(normkit.sync(norm_layer("batch", 3, axis=axis)), "silu")
+    assert type(synced.norm) is nk.SyncBatchNorm
+    assert layers._fusable(synced.norm)
+    x, residual, mask = values(5, 3, 4), values(5, 3, 4, seed=1), values(5, 4, seed=2) > 0
+    for mode in (True, False):
+        expected = plain.train(mode)(x, residual=residual, mask=mask)
+        y = synced.train(mode)(x.movedim(1, axis), residual=residual.movedim(1, axis), mask=mask)
+        torch.testing.assert_close(y.movedim(axis, 1), expected, rtol=0, atol=1e-5)
+    assert not layers._fusable(normkit.sync(torch.nn.BatchNorm1d(3))), "it evaluates by torch's own function"
+    assert not layers._fusable(type("Derived", (nk.SyncBatchNorm,), {})(3))

@@ -5,8 +5,9 @@ Forward the processes exchange a count, a mean and a variance a channel, and mer
 norm of one process saves.
 
 Another way makes other exchanges, so what decides has to be the same in every process. Types, devices and a choice made
-by hand are; layouts and sizes need not be. So an input in a layout that the kernels do not walk is copied, a process
-without data takes part, and rules that name a layout or a size do not count.
+by hand are; layouts, sizes and masks need not be (a process may have no padding to mask). So an input in a layout that
+the kernels do not walk is copied, of a masked one the real positions are, a process without data takes part, and rules
+that name a layout or a size do not count.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normkit.core.formula import Moments
-from normkit.core.plan import NormPlan, kept_shape
+from normkit.core.plan import NormPlan, kept_shape, plan
 from normkit.core.spec import NormSpec
 from normkit.kernels import registry
 from normkit.torch import _compiled as compiled
@@ -54,20 +55,29 @@ def normalize(
     beta: Tensor | None,
     eps: float,
     *,
+    real: Tensor | None,
     activation: str | None,
     residual: Tensor | None,
     group: Any,
 ) -> tuple[Tensor, list[Moments]]:
     """Return act(norm(x) + residual) in the type of x by the statistics of the inputs of all processes, and these.
 
-    Every process has to call this, and the backward pass of its outputs; sizes may differ.
+    `real` is a mask (N, 1, *S); other positions give 0. Every process has to call this, and the backward pass of its
+    outputs; sizes may differ.
     """
-    if layout_of(x) is None:
+    shape = kept_shape(p, tuple(x.shape))
+    whole, at = x, None if real is None else real.squeeze(1)
+    if at is not None:  # as a matrix of the real positions
+        x, p = x.movedim(1, -1)[at], plan(spec, 2, ())
+        residual = None if residual is None else residual.movedim(1, -1)[at]
+    elif layout_of(x) is None:
         x = x.contiguous()
     case = compiled.decide_shared(spec, p, x, gamma, beta, activation)
     statistics, total = _merged(case, x.detach(), group)
     y: Tensor = _Synchronized.apply(x, residual, gamma, beta, statistics, total, case, eps, group)
-    shape = kept_shape(p, tuple(x.shape))
+    if at is not None:
+        rows, y = y, torch.zeros_like(whole)
+        y.movedim(1, -1)[at] = rows
     var, mean, rest = (part.reshape(shape) for part in statistics)
     counts = torch.full_like(var, total)
     return y, [Moments(mean + rest, var, counts, counts, weighted=True)]

@@ -623,17 +623,17 @@ def _tracked(
             hint = "r and d come from running statistics that have moved since; keep this layer out of the checkpoint"
             raise NormRuntimeError(message(must, hint=hint))
         correct = formula.renorm(torch, kept, *clips, stop=Tensor.detach)
-    eager = w is None and correct is None and _eager(input, activation, residual, weight, bias)
+    eager = sample_weight is None and correct is None and _eager(input, activation, residual, weight, bias)
     if process_group is not None and eager and halves.takes(chosen, input, weight, bias, residual):
-        what: Any = {"activation": activation, "residual": residual, "group": process_group}
-        y, moments = halves.normalize(chosen, p, input, weight, bias, eps, **what)
-        activation = residual = None
+        fused: Any = {"activation": activation, "residual": residual}
+        y, moments = halves.normalize(chosen, p, input, weight, bias, eps, real=real, group=process_group, **fused)
+        activation = residual = real = None
     elif process_group is not None:
         wide = accumulator(x.dtype)
         gamma, beta = (None if t is None else t.to(wide) for t in (weight, bias))
         y, moments = normalize_together(chosen, p, x.to(wide), gamma, beta, eps, weight=w, group=process_group)
     else:
-        if eager:
+        if eager and w is None:
             case = compiled.decide(key, chosen, p, input, weight, bias, activation, residual, kept, number)
             if case is not None:
                 return _run(case, input, weight, bias, eps, residual, kept, number, momentum, nonfinite)
