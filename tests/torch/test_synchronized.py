@@ -152,6 +152,20 @@ def test_the_table_of_kernels_is_what_happens(group, called):
         assert bool(called) == (row.kernel == "native") == (not row.why_not_native), row
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_not_kept_and_not_warned_of(group, bad, recwarn):
+    x = values(5, 3, 4)
+    x[2, 1, 3] = bad
+    mean, var, number = torch.zeros(3), torch.ones(3), torch.tensor(0)
+    arguments = {"training": True, "num_batches_tracked": number, "process_group": group}
+    y = functional.batch_norm(x, mean, var, **arguments)
+    assert y[:, 1].isnan().any()
+    torch.testing.assert_close(y[:, ::2], functional.batch_norm(x[:, ::2], None, None, training=True))
+    assert not mean.any()
+    assert number == 0
+    assert not recwarn.list
+
+
 def test_what_native_does_not_cover_is_an_error_where_it_is_chosen(group):
     with nk.use_kernel("native"), pytest.raises(NormError, match="must cover the input"):
         functional.batch_norm(values(5, 3, 4).double(), None, None, training=True, process_group=group)

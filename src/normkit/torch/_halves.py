@@ -1,8 +1,7 @@
 """Synchronized batch norm by the halves of the compiled kernels: statistics alone, and normalizing by given ones.
 
-Forward the processes exchange a count, a mean and a variance a channel, and merge them as Chan, Golub and LeVeque
-(1983) do. Backward they add up the gradient and that times the normalized input. What is saved in between is what batch
-norm of one process saves.
+Forward the processes exchange a count, a mean and a variance a channel, and merge them. Backward they add up the
+gradient and that times the normalized input. What is saved in between is what batch norm of one process saves.
 
 Another way makes other exchanges, so what decides has to be the same in every process. Types, devices and a choice made
 by hand are; layouts, sizes and masks need not be (a process may have no padding to mask). So an input in a layout that
@@ -15,10 +14,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normkit.core import algebra
 from normkit.core.formula import Moments
 from normkit.core.plan import NormPlan, kept_shape, plan
 from normkit.core.spec import NormSpec
@@ -92,13 +93,14 @@ def _merged(case: compiled.Case, x: Tensor, group: Any) -> tuple[Tensor, float]:
         mine = torch.stack([torch.full_like(mean, x.numel() // channels), mean + rest, var])
     every = mine.new_empty((dist.get_world_size(group), *mine.shape))
     dist.all_gather(list(every), mine, group=group)  # in the same order everywhere, so the same to the last bit
-    count, mean, var = every.unbind(1)
-    total = count.sum(0)
-    share = count / total.clamp(min=1.0)
-    whole = (share * mean).sum(0)
-    var = (share * (var + (mean - whole).square())).sum(0)
-    high = whole.float()
-    return torch.stack([var.float(), high, (whole - high).float()]), float(total[0])
+    counts = every[:, 0, 0].tolist()
+    if not any(counts):
+        return mine.float(), 0.0
+    with np.errstate(invalid="ignore"):  # an input that is not finite is no reason to warn: its statistics are not kept
+        whole = algebra.merge(counts, list(every[:, 1].numpy()), list(every[:, 2].numpy()))
+    mean, var = torch.from_numpy(whole.mean), torch.from_numpy(whole.var)
+    high = mean.float()
+    return torch.stack([var.float(), high, (mean - high).float()]), sum(counts)
 
 
 class _Synchronized(torch.autograd.Function):
