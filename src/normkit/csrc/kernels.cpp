@@ -11,6 +11,8 @@
 #include <cmath>
 #include <cstdlib>
 
+#include <sched.h>
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -159,6 +161,14 @@ ALWAYS inline void along(Index span, Body body) {
     if (k < span) body(k, (int)(span - k));
 }
 
+// The same; where `past` the caches is written at p, with whole vectors that are aligned.
+template <class T, class Body>
+ALWAYS inline void along(const T* p, bool past, Index span, Body body) {
+    const Index before = past ? -(Index)((std::uintptr_t)p / sizeof(T)) & (W - 1) : 0, head = before < span ? before : span;
+    if (head) body(0, (int)head);
+    along(span - head, [&](Index k, int lanes) ALWAYS { body(head + k, lanes); });
+}
+
 template <class T>
 inline vf read(const T* p, int lanes) {
     return lanes == W ? load(p) : load(p, lanes);
@@ -185,8 +195,13 @@ ALWAYS inline void write(T* p, vf v, int lanes, bool past) {
 }
 
 template <class T>
+inline bool large(Index values) {
+    return values * (Index)sizeof(T) >= STREAMED;
+}
+
+template <class T>
 inline bool past_caches(const T* p, Index values) {
-    return values * (Index)sizeof(T) >= STREAMED && (std::uintptr_t)p % (W * sizeof(T)) == 0;
+    return large<T>(values) && (std::uintptr_t)p % (W * sizeof(T)) == 0;
 }
 
 inline vf masked(vf v, int lanes) { return lanes == W ? v : keep(v, first(lanes)); }
@@ -236,6 +251,127 @@ ALWAYS inline void add_runs(Index runs, Index stride, Index span, double (&total
 }
 
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// --- threads that work together --------------------------------------------------------------------------------------
+//
+// To wake the threads of a parallel region takes longer than the work on a small tensor does. So a call has one region, in
+// which threads wait for each other on their feet, and who wakes late finds less to do.
+
+inline Index bound(Index length, Index part, Index parts) { return length * part / parts; }
+
+// What the threads of a team have in common. (std::atomic would be symbols common to all instruction sets.)
+struct Meeting {
+    int arrived = 0, round = 0;
+    bool answer = false;
+    Array<Index> taken;  // of the share of every thread
+
+    explicit Meeting(int threads) : taken(threads) {}
+};
+
+// The threads that work on something together: all of a region, or one alone.
+struct Team {
+    int thread, size;
+    Meeting* meeting;
+
+    static Team of_one() { return {0, 1, nullptr}; }
+
+    // What one does for all once all have come here, and its answer.
+    template <class Body>
+    ALWAYS bool once(Body body) const {
+        if (size == 1) return body();
+        wait();
+        if (thread == 0) {
+            for (int k = 0; k < size; ++k) meeting->taken[k] = 0;
+            meeting->answer = body();
+        }
+        wait();
+        return meeting->answer;
+    }
+
+    // Call body(k) for k from 0 to count: each thread takes its own share in steps, which keeps to its caches, and then
+    // what others have left of theirs. A second time only behind `once`.
+    template <class Body>
+    ALWAYS void share(Index count, Body body) const {
+        for (int turn = 0; turn < size; ++turn) {
+            const int whose = (thread + turn) % size;
+            const Index from = bound(count, whose, size), to = bound(count, whose + 1, size);
+            const Index step = size == 1 ? to : (to - from + STEPS - 1) / STEPS;
+            for (Index k = from; k < to;) {
+                if (size > 1) k = from + __atomic_fetch_add(&meeting->taken[whose], step, __ATOMIC_RELAXED);
+                for (const Index end = to - k < step ? to : k + step; k < end; ++k) body(k);
+            }
+        }
+    }
+
+  private:
+    static constexpr Index STEPS = 8;
+    static constexpr int TURNS = 1000;  // some 30 microseconds, what it takes to wake a thread
+
+    void wait() const {
+        const int round = __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE);
+        if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == size) {
+            meeting->arrived = 0;
+            __atomic_store_n(&meeting->round, round + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int turns = 0; __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE) == round; ++turns) {
+            if (turns > TURNS) sched_yield();  // with more threads than cores the one waited for may need this one's
+#if defined(__x86_64__)
+            else __builtin_ia32_pause();
+#endif
+        }
+    }
+};
+
+// Call body(team) on every thread of one region.
+template <class Body>
+ALWAYS inline void together(int threads, Body body) {
+    Meeting meeting(threads);
+#pragma omp parallel num_threads(threads)
+    {
+        Team team{0, 1, &meeting};
+#if defined(_OPENMP)
+        team.thread = omp_get_thread_num();
+        team.size = omp_get_num_threads();  // may be fewer than were asked for
+#endif
+        body(team);
+    }
+}
+
+// Call body(k) for k from 0 to count.
+template <class Body>
+ALWAYS inline void shared(int threads, Index count, Body body) {
+    together(threads, [&](const Team& team) ALWAYS { team.share(count, body); });
+}
+
+// The same with room for so many values of a thread's own, null for none: body(k, room).
+template <class Body>
+ALWAYS inline void shared(int threads, Index count, Index values, Body body) {
+    together(threads, [&](const Team& team) ALWAYS {
+        const Array<float> room(values);
+        team.share(count, [&](Index k) ALWAYS { body(k, room.get()); });
+    });
+}
+
+// Call body(block, team, number of the team) for every block: there is a team of one for every thread where there are
+// enough blocks for that, else one of all threads.
+struct Teams {
+    Index blocks;
+    int threads, count, members;
+
+    Teams(Index blocks, int threads)
+        : blocks(blocks), threads(threads), count(blocks < threads ? 1 : threads), members(blocks < threads ? threads : 1) {}
+
+    template <class Body>
+    ALWAYS void each(Body body) const {
+        together(threads, [&](const Team& all) ALWAYS {
+            if (members == 1)
+                all.share(blocks, [&](Index block) { body(block, Team::of_one(), all.thread); });
+            else
+                for (Index block = 0; block < blocks; ++block) body(block, all, 0);
+        });
+    }
+};
 
 // --- statistics of a row ---------------------------------------------------------------------------------------------
 
@@ -333,9 +469,9 @@ void patches_forward(const Rows& g, const Tensors& t) {
     const T* const residual = (const T*)t.residual;
     T* const y = (T*)t.y;
     const Index most = patch_rows(g), count = Patch::count(g, most);
+    const bool past = large<T>(g.rows * g.runs * g.span);
     const double n = (double)(g.runs * g.span);
-#pragma omp parallel for num_threads(t.threads) schedule(static)
-    for (Index number = 0; number < count; ++number) {
+    shared(t.threads, count, [&](Index number) ALWAYS {
         const Patch patch(g, number, most);
         const Index width = patch.size * g.span;
         const T* const px = x + patch.start;
@@ -385,16 +521,16 @@ void patches_forward(const Rows& g, const Tensors& t) {
             fill(gain, i, g.span, s.gain);
             fill(shift, i, g.span, s.shift);
         }
-        if (!y) continue;
+        if (!y) return;
         for (Index run = g.runs; run-- > 0;) {
             const Index at = patch.start + run * g.run_stride;
-            along(width, [&](Index k, int lanes) ALWAYS {
+            along(y + at, past, width, [&](Index k, int lanes) ALWAYS {
                 vf z = (read(x + at + k, lanes) - read(mean + k, lanes)) * read(gain + k, lanes) + read(shift + k, lanes);
                 if constexpr (R) z += read(residual + at + k, lanes);
-                write(y + at + k, activate<A>(z), lanes);
+                write(y + at + k, activate<A>(z), lanes, past);
             });
         }
-    }
+    });
 }
 
 // --- rows ------------------------------------------------------------------------------------------------------------
@@ -406,12 +542,11 @@ void rows_forward(const Rows& g, const Tensors& t) {
     T* const y = (T*)t.y;
     if (patched(g)) return patches_forward<T, A, R>(g, t);
     const Index values = g.rows * g.runs * g.span;
-#pragma omp parallel for num_threads(t.threads) schedule(static)
-    for (Index row = 0; row < g.rows; ++row) {
+    shared(t.threads, g.rows, [&](Index row) ALWAYS {
         const Index b = row % g.inner, start = (row / g.inner) * g.outer_stride + b * g.inner_stride;
         const Scale s = t.given ? given(t, b)
                                 : kept(t, row, row_moments(x + start, g.runs, g.run_stride, g.span, t.center));
-        if (!y) continue;
+        if (!y) return;
         // Backwards: what was read last for the statistics is still in a cache.
         for (Index run = g.runs; run-- > 0;) {
             const Index at = start + run * g.run_stride;
@@ -435,7 +570,7 @@ void rows_forward(const Rows& g, const Tensors& t) {
                 write(py + k, activate<A>(z), lanes, past);
             });
         }
-    }
+    });
 }
 
 // Sums of the gradient before the activation, g, and of that times the centred input, gx.
@@ -476,14 +611,21 @@ ALWAYS inline vf corrected(bool constants, vf d, vf one, vf off, vf two) {
     return constants ? d : (d - one) - off * two;
 }
 
+// Activations whose derivative takes longer than to keep it from the sums to the gradient, and the values of a row up to
+// which the second cache holds what is kept.
+constexpr bool costly(int activation) { return activation == SILU || activation == GELU || activation == GELU_TANH; }
+constexpr Index KEPT = 1 << 17;
+
+// `kept`, unless null, gets the gradient before the activation; then there is one run.
 template <class T, int A, bool R>
 Pair runs_sums(const T* x, const T* dy, const T* residual, Index runs, Index stride, Index span, const Line& l,
-               float rest) {
+               float rest, float* kept) {
     double total[2] = {};
     const vf mean = splat(l.mean), gain = splat(l.gain), shift = splat(l.shift);
     add_runs(runs, stride, span, total, [&](Index k, int lanes, vf* part) ALWAYS {
         const vf off = read(x + k, lanes) - mean;
         const vf d = masked(before_activation<T, A, R>(dy, residual, k, lanes, off, gain, shift), lanes);
+        if (costly(A) && kept) write(kept + k, d, lanes);
         part[0] += d;
         part[1] += d * off;
     }, [&](Index k) ALWAYS {
@@ -501,9 +643,9 @@ void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
     const Index most = patch_rows(g), count = Patch::count(g, most);
+    const bool past = large<T>(g.rows * g.runs * g.span);
     const double n = (double)(g.runs * g.span);
-#pragma omp parallel for num_threads(t.threads) schedule(static)
-    for (Index number = 0; number < count; ++number) {
+    shared(t.threads, count, [&](Index number) ALWAYS {
         const Patch patch(g, number, most);
         const Index width = patch.size * g.span;
         float mean[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
@@ -543,65 +685,62 @@ void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
             fill(s1, i, g.span, c.one);
             fill(s2, i, g.span, c.two);
         }
-        if (!dx && !dresidual) continue;
+        if (!dx && !dresidual) return;
         const bool fixed = constants(t);
         for (Index run = g.runs; run-- > 0;) {
             const Index at = patch.start + run * g.run_stride;
-            along(width, [&](Index k, int lanes) ALWAYS {
+            along(dx + at, past, width, [&](Index k, int lanes) ALWAYS {
                 const vf off = read(x + at + k, lanes) - read(mean + k, lanes), scale = read(gain + k, lanes);
                 const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, off, scale,
                                                         read(shift + k, lanes));
-                if (dx) write(dx + at + k, corrected(fixed, d * scale, read(s1 + k, lanes), off, read(s2 + k, lanes)), lanes);
+                const vf one = read(s1 + k, lanes), two = read(s2 + k, lanes);
+                if (dx) write(dx + at + k, corrected(fixed, d * scale, one, off, two), lanes, past);
                 if (R && dresidual) write(dresidual + at + k, d, lanes);
             });
         }
-    }
+    });
 }
 
-// Row by row; the shares of dgamma and dbeta as in rows_backward.
+// In `pieces` of neighbouring rows; the shares of dgamma and dbeta as in rows_backward.
 template <class T, int A, bool R>
-void each_row_backward(const Rows& g, const Tensors& t, Index entries, double* dgamma, double* dbeta) {
+void each_row_backward(const Rows& g, const Tensors& t, Index pieces, Index entries, double* dgamma, double* dbeta) {
     const T* const x = (const T*)t.x;
     const T* const dy = (const T*)t.dy;
     const T* const residual = (const T*)t.residual;
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
     const bool each = g.affine == PER_VALUE;
-#pragma omp parallel num_threads(t.threads)
-    {
-        int thread = 0;
-#if defined(_OPENMP)
-        thread = omp_get_thread_num();
-#endif
+    const bool keeps = costly(A) && !each && (dx || dresidual) && g.runs * g.span <= KEPT && sums_wanted(t);
+    shared(t.threads, pieces, keeps ? g.runs * g.span : 0, [&](Index piece, float* kept) ALWAYS {
         // Sums of a block of rows in float, added to the double ones when the block ends.
         Array<float> block(each ? 2 * entries : 0);
         Index pending = 0;
         const auto flush = [&] {
             for (Index k = 0; k < entries; ++k) {
-                if (dgamma) dgamma[thread * entries + k] += block[k];
-                if (dbeta) dbeta[thread * entries + k] += block[entries + k];
+                if (dgamma) dgamma[piece * entries + k] += block[k];
+                if (dbeta) dbeta[piece * entries + k] += block[entries + k];
                 block[k] = block[entries + k] = 0;
             }
             pending = 0;
         };
-#pragma omp for schedule(static)
-        for (Index row = 0; row < g.rows; ++row) {
+        for (Index row = bound(g.rows, piece, pieces); row < bound(g.rows, piece + 1, pieces); ++row) {
             const Index b = row % g.inner, start = (row / g.inner) * g.outer_stride + b * g.inner_stride;
             const Scale s = given(t, t.given ? b : row);
             double sg = 0, sgx = 0;
             if (!each) {
-                // One gamma for the whole row: its runs are summed together. Else run by run.
-                const Index together = g.affine == PER_ROW ? g.runs : 1;
-                for (Index run = 0; sums_wanted(t) && run < g.runs; run += together) {
+                // One gamma for the whole row: its runs are summed together, unless each is kept. Else run by run.
+                const Index joint = g.affine == PER_ROW && !keeps ? g.runs : 1;
+                for (Index run = 0; sums_wanted(t) && run < g.runs; run += joint) {
                     const Index at = start + run * g.run_stride, entry = g.affine == PER_ROW ? b : b * g.runs + run;
                     const float gamma = t.gamma ? t.gamma[entry] : 1.0f;
-                    const Pair p = runs_sums<T, A, R>(x + at, dy + at, residual + (R ? at : 0), together, g.run_stride,
-                                                      g.span, line(s, t, entry), s.rest);
+                    const Pair p = runs_sums<T, A, R>(x + at, dy + at, residual + (R ? at : 0), joint, g.run_stride,
+                                                      g.span, line(s, t, entry), s.rest,
+                                                      keeps ? kept + run * g.span : nullptr);
                     sg += gamma * p.g;
                     sgx += gamma * p.gx;
                     const Index share = g.affine == PER_ROW ? row : row * g.runs + run;
-                    if (dgamma) dgamma[share] = p.gx * s.rstd;
-                    if (dbeta) dbeta[share] = p.g;
+                    if (dgamma) dgamma[share] += p.gx * s.rstd;
+                    if (dbeta) dbeta[share] += p.g;
                 }
             } else {
                 vf a = {}, c = {};
@@ -630,9 +769,11 @@ void each_row_backward(const Rows& g, const Tensors& t, Index entries, double* d
                 const Index at = start + run * g.run_stride;
                 const T *px = x + at, *pd = dy + at, *pr = residual + (R ? at : 0);
                 const bool past = dx && past_caches(dx + at, g.rows * g.runs * g.span);
+                const float* const own = keeps ? kept + run * g.span : nullptr;
                 const auto body = [&](Index k, int lanes, vf gain, vf shift) ALWAYS {
                     const vf off = read(px + k, lanes) - s.mean;
-                    const vf d = before_activation<T, A, R>(pd, pr, k, lanes, off, gain, shift);
+                    const vf d = costly(A) && own ? read(own + k, lanes)
+                                                  : before_activation<T, A, R>(pd, pr, k, lanes, off, gain, shift);
                     if (dx) write(dx + at + k, corrected(fixed, d * gain, one, off, two), lanes, past);
                     if (R && dresidual) write(dresidual + at + k, d, lanes);
                 };
@@ -650,21 +791,29 @@ void each_row_backward(const Rows& g, const Tensors& t, Index entries, double* d
             }
         }
         if (each && (dgamma || dbeta)) flush();
-    }
+    });
+}
+
+// Pieces of rows with sums of their own of dgamma and dbeta: more than threads, for who wakes late, but not so many that
+// adding them up counts.
+inline Index row_pieces(const Rows& g, int threads) {
+    const Index few = g.rows / 8 < 16 ? g.rows / 8 : 16, each = g.rows < threads ? g.rows : threads;
+    return few > each ? few : each;
 }
 
 template <class T, int A, bool R>
 void rows_backward(const Rows& g, const Tensors& t) {
     const bool each = g.affine == PER_VALUE;
     const Index entries = each ? g.span : g.affine == PER_ROW ? g.inner : g.inner * g.runs;
-    // Shares of dgamma and dbeta: of every thread for PER_VALUE, else of every row and run. Summed in a fixed order.
-    const Index shares = each ? t.threads * entries : g.affine == PER_ROW ? g.rows : g.rows * g.runs;
+    // Shares of dgamma and dbeta: of every piece for PER_VALUE, else of every row and run. Summed in a fixed order.
+    const Index pieces = each ? row_pieces(g, t.threads) : g.rows;
+    const Index shares = each ? pieces * entries : g.affine == PER_ROW ? g.rows : g.rows * g.runs;
     Array<double> dgamma(t.dgamma ? shares : 0);
     Array<double> dbeta(t.dbeta ? shares : 0);
     if (patched(g))
         patches_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
     else
-        each_row_backward<T, A, R>(g, t, entries, dgamma.get(), dbeta.get());
+        each_row_backward<T, A, R>(g, t, pieces, entries, dgamma.get(), dbeta.get());
     const Index times = entries ? shares / entries : 0;
     for (Index k = 0; k < entries; ++k) {
         double a = 0, b = 0;
@@ -693,8 +842,6 @@ inline Index block_rows(Index channels) {
     const Index rows = COLUMN_BLOCK / channels;
     return rows < 8 ? 8 : rows > EXACT ? EXACT : rows;
 }
-
-inline Index bound(Index length, int part, int parts) { return length * part / parts; }
 
 ALWAYS inline void add_lanes(double* total, vf v, int lanes) {
     if (lanes < W) {
@@ -757,14 +904,13 @@ void guess_means(const T* x, Index length, Index channels, float* guess) {
 
 // The statistics of a matrix as arrays over its columns, with gamma and beta.
 struct Spread {
-    Array<float> values;
     float *mean, *gain, *shift;
 
-    explicit Spread(Index channels)
-        : values(3 * channels), mean(values.get()), gain(mean + channels), shift(gain + channels) {}
+    // In memory for 3 * channels values.
+    Spread(float* values, Index channels) : mean(values), gain(mean + channels), shift(gain + channels) {}
 
     // Of a group of columns.
-    void set(const Columns& g, const Tensors& t, Index group, const Scale& s) {
+    void set(const Columns& g, const Tensors& t, Index group, const Scale& s) const {
         for (Index c = group * g.group; c < (group + 1) * g.group; ++c) {
             const Line l = line(s, t, c);
             mean[c] = l.mean;
@@ -787,7 +933,7 @@ inline bool guess_again(const Columns& g, const Tensors& t, const double* sums, 
 }
 
 // Statistics of a matrix from the sums about the guess.
-inline void settle(const Columns& g, const Tensors& t, Index block, const double* sums, const float* guess, Spread& s) {
+inline void settle(const Columns& g, const Tensors& t, Index block, const double* sums, const float* guess, const Spread& s) {
     const double n = (double)g.length;
     const Index groups = g.channels / g.group;
     for (Index k = 0; k < groups; ++k) {
@@ -803,7 +949,7 @@ inline void settle(const Columns& g, const Tensors& t, Index block, const double
     }
 }
 
-inline void spread(const Columns& g, const Tensors& t, Index block, Spread& s) {
+inline void spread(const Columns& g, const Tensors& t, Index block, const Spread& s) {
     const Index groups = g.channels / g.group;
     for (Index k = 0; k < groups; ++k) s.set(g, t, k, given(t, t.given ? k : block * groups + k));
 }
@@ -862,59 +1008,44 @@ inline void add(double* to, const double* more, Index count) {
     for (Index k = 0; k < count; ++k) to[k] += more[k];
 }
 
-// The statistics of a block, where its pieces are gone through by `each(piece, body)`, one after the other or not.
-template <class T, class Each>
-void block_statistics(const Columns& g, const Tensors& t, Index block, double* parts, float* guess, Spread& s, Each each) {
+// The statistics of a block. `parts` has room for the sums of all pieces, `guesses` for a guess of every thread.
+template <class T>
+void block_statistics(const Columns& g, const Tensors& t, Index block, double* parts, float* guesses, const Spread& s,
+                      const Team& team) {
     const Index width = 2 * g.channels, start = block * g.length;
     const int count = pieces(g);
+    // Every thread guesses, and guesses the same: none has to wait for one that is still asleep.
+    float* guess = guesses + team.thread * g.channels;
     if (t.center) guess_means((const T*)t.x + start * g.channels, g.length, g.channels, guess);
-    for (int attempt = 0; attempt < 2; ++attempt) {
-        each(count, [&](int piece) { piece_sums<T>(g, t, start, piece, guess, parts + piece * width); });
-        for (int piece = 1; piece < count; ++piece) add(parts, parts + piece * width, width);
-        if (attempt || !guess_again(g, t, parts, guess)) break;
+    for (bool again = false;; again = true, guess = guesses) {
+        team.share(count, [&](Index piece) ALWAYS { piece_sums<T>(g, t, start, piece, guess, parts + piece * width); });
+        const bool better = team.once([&] {
+            for (int piece = 1; piece < count; ++piece) add(parts, parts + piece * width, width);
+            if (!again && guess_again(g, t, parts, guesses)) return true;
+            settle(g, t, block, parts, guesses, s);
+            return false;
+        });
+        if (!better) return;
     }
-    settle(g, t, block, parts, guess, s);
 }
 
 template <class T, int A, bool R>
 void columns_forward(const Columns& g, const Tensors& t) {
-    const Index size = t.given ? 0 : pieces(g) * 2 * g.channels;
-    if (g.blocks >= t.threads) {
-#pragma omp parallel num_threads(t.threads)
-        {
-            Spread s(g.channels);
-            Array<double> parts(size);
-            Array<float> guess(g.channels);
-#pragma omp for schedule(static)
-            for (Index block = 0; block < g.blocks; ++block) {
-                if (t.given)
-                    spread(g, t, block, s);
-                else
-                    block_statistics<T>(g, t, block, parts.get(), guess.get(), s, [](int count, auto body) {
-                        for (int piece = 0; piece < count; ++piece) body(piece);
-                    });
-                apply_columns<T, A, R>(g, t, block * g.length, (block + 1) * g.length, s);
-            }
-        }
-        return;
-    }
-    Spread s(g.channels);
-    Array<double> parts(size);
-    Array<float> guess(g.channels);
-    for (Index block = 0; block < g.blocks; ++block) {
-        const Index start = block * g.length;
+    const Teams teams(g.blocks, t.threads);
+    const Index sums = t.given ? 0 : pieces(g) * 2 * g.channels, room = (3 + teams.members) * g.channels;
+    Array<double> parts(teams.count * sums);
+    Array<float> rooms(teams.count * room);
+    teams.each([&](Index block, const Team& team, int number) {
+        float* const own = rooms.get() + number * room;
+        const Spread s(own, g.channels);
         if (t.given)
-            spread(g, t, block, s);
+            team.once([&] { return spread(g, t, block, s), false; });
         else
-            block_statistics<T>(g, t, block, parts.get(), guess.get(), s, [&](int count, auto body) {
-#pragma omp parallel for num_threads(t.threads) schedule(static)
-                for (int piece = 0; piece < count; ++piece) body(piece);
-            });
-#pragma omp parallel for num_threads(t.threads) schedule(static)
-        for (int part = 0; part < t.threads; ++part)
-            apply_columns<T, A, R>(g, t, start + bound(g.length, part, t.threads),
-                                   start + bound(g.length, part + 1, t.threads), s);
-    }
+            block_statistics<T>(g, t, block, parts.get() + number * sums, own + 3 * g.channels, s, team);
+        const Index start = block * g.length;
+        apply_columns<T, A, R>(g, t, start + bound(g.length, team.thread, team.size),
+                               start + bound(g.length, team.thread + 1, team.size), s);
+    });
 }
 
 // Sums over rows [from, to) of every column: of the gradient before the activation, and of that times the centred input.
@@ -1019,62 +1150,38 @@ inline void corrections(const Columns& g, const Tensors& t, Index block, double*
 
 template <class T, int A, bool R>
 void columns_backward(const Columns& g, const Tensors& t) {
-    const Index channels = g.channels, width = 2 * channels;
-    const bool outside = g.blocks >= t.threads;
-    // Per thread: sums of the current block, and sums of all its blocks.
-    Array<double> current(t.threads * width), all(t.threads * width);
-    if (outside) {
-#pragma omp parallel num_threads(t.threads)
-        {
-            int thread = 0;
-#if defined(_OPENMP)
-            thread = omp_get_thread_num();
-#endif
-            Spread s(channels);
-            Array<float> c(width);
-            double *own = current.get() + thread * width, *total = all.get() + thread * width;
-#pragma omp for schedule(static)
-            for (Index block = 0; block < g.blocks; ++block) {
-                for (Index k = 0; k < width; ++k) own[k] = 0;
-                spread(g, t, block, s);
-                const Index start = block * g.length;
-                column_sums<T, A, R>(g, t, start, start + g.length, s, own);
-                corrections(g, t, block, own, c.get(), c.get() + channels);
-                for (Index k = 0; k < width; ++k) total[k] += own[k];
-                column_gradients<T, A, R>(g, t, start, start + g.length, s, c.get(), c.get() + channels);
-            }
-        }
-    } else {
-        Spread s(channels);
-        Array<float> c(width);
-        for (Index block = 0; block < g.blocks; ++block) {
-            const Index start = block * g.length;
-            spread(g, t, block, s);
-#pragma omp parallel for num_threads(t.threads) schedule(static)
-            for (int part = 0; part < t.threads; ++part) {
-                double* own = current.get() + part * width;
-                for (Index k = 0; k < width; ++k) own[k] = 0;
-                column_sums<T, A, R>(g, t, start + bound(g.length, part, t.threads),
-                                     start + bound(g.length, part + 1, t.threads), s, own);
-            }
-            for (int part = 1; part < t.threads; ++part)
-                for (Index k = 0; k < width; ++k) current[k] += current[part * width + k];
-            corrections(g, t, block, current.get(), c.get(), c.get() + channels);
-            for (Index k = 0; k < width; ++k) all[k] += current[k];
-#pragma omp parallel for num_threads(t.threads) schedule(static)
-            for (int part = 0; part < t.threads; ++part)
-                column_gradients<T, A, R>(g, t, start + bound(g.length, part, t.threads),
-                                          start + bound(g.length, part + 1, t.threads), s, c.get(), c.get() + channels);
-        }
-    }
+    const Teams teams(g.blocks, t.threads);
+    const Index channels = g.channels, width = 2 * channels, room = (2 + 3 * teams.members) * channels;
+    const int count = teams.members > PIECES ? teams.members : pieces(g);
+    // Per team: sums of all its blocks, and of the pieces of the current one.
+    const Index sums = (1 + count) * width;
+    Array<double> totals(teams.count * sums);
+    Array<float> rooms(teams.count * room);
+    teams.each([&](Index block, const Team& team, int number) {
+        double *const total = totals.get() + number * sums, *const parts = total + width;
+        float *const one = rooms.get() + number * room, *const two = one + channels;
+        const Spread s(two + (1 + 3 * team.thread) * channels, channels);  // every thread's own: none has to wait
+        const Index start = block * g.length;
+        spread(g, t, block, s);
+        team.share(count, [&](Index piece) ALWAYS {
+            double* const part = parts + piece * width;
+            for (Index k = 0; k < width; ++k) part[k] = 0;
+            column_sums<T, A, R>(g, t, start + bound(g.length, piece, count), start + bound(g.length, piece + 1, count), s,
+                                 part);
+        });
+        team.once([&] {
+            for (int piece = 1; piece < count; ++piece) add(parts, parts + piece * width, width);
+            corrections(g, t, block, parts, one, two);
+            add(total, parts, width);
+            return false;
+        });
+        column_gradients<T, A, R>(g, t, start + bound(g.length, team.thread, team.size),
+                               start + bound(g.length, team.thread + 1, team.size), s, one, two);
+    });
+    for (int team = 1; team < teams.count; ++team) add(totals.get(), totals.get() + team * sums, width);
     for (Index c = 0; c < channels; ++c) {
-        double a = 0, b = 0;
-        for (int thread = 0; thread < (outside ? t.threads : 1); ++thread) {
-            a += all[thread * width + channels + c];
-            b += all[thread * width + c];
-        }
-        if (t.dgamma) t.dgamma[c] = (float)a;
-        if (t.dbeta) t.dbeta[c] = (float)b;
+        if (t.dgamma) t.dgamma[c] = (float)totals[channels + c];
+        if (t.dbeta) t.dbeta[c] = (float)totals[c];
     }
 }
 

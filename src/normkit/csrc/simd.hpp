@@ -108,9 +108,14 @@ __attribute__((always_inline)) inline vf load(const bf16* p) {
 }
 
 __attribute__((always_inline)) inline vf load(const bf16* p, int n) {
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
     bf16 whole[W] = {};
     std::memcpy(whole, p, n * sizeof(bf16));
     return load(whole);
+#endif
 }
 
 // Round to nearest, ties to even; NaN stays NaN. (The instruction vcvtneps2bf16 would flush subnormal numbers.)
@@ -140,9 +145,13 @@ __attribute__((always_inline)) inline void stream(bf16* p, vf v) { store(p, v); 
 #endif
 
 __attribute__((always_inline)) inline void store(bf16* p, vf v, int n) {
+#if defined(__AVX512F__)
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), halves(v));
+#else
     bf16 whole[W];
     store(whole, v);
     std::memcpy(p, whole, n * sizeof(bf16));
+#endif
 }
 
 // --- functions -------------------------------------------------------------------------------------------------------
