@@ -69,6 +69,20 @@ void run(const Geometry& g, Index values, Index statistics, Index entries, bool 
             t.dbeta = affine && calls % 7 != 6 ? dbeta.floats() : nullptr;
             backward(g, t);
             ++calls;
+            // The halves: statistics alone, or sums alone and the gradient by averages over more than this.
+            t.y = t.dx = t.dresidual = nullptr;
+            t.rest = rest.floats();
+            if (!given) {
+                forward(g, t);
+                continue;
+            }
+            Memory average_g(entries, FLOAT32, 9), average_gx(entries, FLOAT32, 10);
+            t.dgamma = dgamma.floats(), t.dbeta = dbeta.floats();
+            backward(g, t);
+            t.dx = dx.get(), t.dresidual = residual ? dr.get() : nullptr;
+            t.dgamma = t.dbeta = nullptr;
+            t.average_g = average_g.floats(), t.average_gx = average_gx.floats();
+            backward(g, t);
         }
 }
 
@@ -108,6 +122,7 @@ void all(const Table& table) {
         rows({c, c, 0, s, n, c * s, s, PER_ROW}, c, c, false);              // batch norm
         rows({n * c, c, c * s, s, 1, 0, s, PER_ROW}, n * c, c, false);      // instance norm
         rows({n * c, c, c * s, s, 1, 0, s, PER_ROW}, c, c, true);           // given statistics
+        rows({c, c, 0, s, n, c * s, s, PER_ROW}, c, c, true);               // the same, of batch norm's parts
         rows({n * 2, 2, 4 * s, 2 * s, 2, s, s, PER_RUN}, n * 2, 4, false);  // group norm, two channels a group
         rows({5, 1, s, 0, 1, 0, s, PER_VALUE}, 5, s, false);                // layer norm
         columns({1, 5, s, 1}, false);                                       // batch norm

@@ -437,8 +437,8 @@ constexpr Index PATCHED = 256;    // values of a run, below which rows are patch
 constexpr Index PATCH = 768;      // values of a piece: eight arrays of them stay in the nearest cache
 
 // With a single run each array would be filled as often as it is used.
-inline bool patched(const Rows& g, const Tensors& t) {
-    return g.affine == PER_ROW && g.runs > 1 && g.span < PATCHED && g.inner_stride == g.span && !t.given;
+inline bool patched(const Rows& g) {
+    return g.affine == PER_ROW && g.runs > 1 && g.span < PATCHED && g.inner_stride == g.span;
 }
 
 inline Index patch_rows(const Rows& g) { return PATCH / g.span < 1 ? 1 : PATCH / g.span; }
@@ -478,9 +478,9 @@ void patches_forward(const Rows& g, const Tensors& t) {
         float mean[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
         float about[PATCH] = {};
         double sums[PATCH], squares[PATCH];
-        if (t.center)
+        if (t.center && !t.given)
             for (Index i = 0; i < patch.size; ++i) about[i] = run_mean(px + i * g.span, g.span);
-        for (bool again = false, done = false; !done; again = true) {
+        for (bool again = false, done = t.given; !done; again = true) {
             for (Index i = 0; i < patch.size; ++i) {
                 sums[i] = squares[i] = 0;
                 fill(mean, i, g.span, about[i]);
@@ -509,14 +509,19 @@ void patches_forward(const Rows& g, const Tensors& t) {
         }
         for (Index i = 0; i < patch.size; ++i) {
             Moments m;
-            m.count = n;
-            m.mean = t.center ? about[i] + sums[i] / n : 0.0;
-            m.squares = squares[i] - (t.center ? sums[i] * sums[i] / n : 0.0);
-            const Line s = line(kept(t, patch.row + i, m), t, patch.b + i);
+            if (!t.given) {
+                m.count = n;
+                m.mean = t.center ? about[i] + sums[i] / n : 0.0;
+                m.squares = squares[i] - (t.center ? sums[i] * sums[i] / n : 0.0);
+            }
+            const Scale found = t.given ? given(t, patch.b + i) : kept(t, patch.row + i, m);
+            if (!y) continue;
+            const Line s = line(found, t, patch.b + i);
             fill(mean, i, g.span, s.mean);
             fill(gain, i, g.span, s.gain);
             fill(shift, i, g.span, s.shift);
         }
+        if (!y) return;
         for (Index run = g.runs; run-- > 0;) {
             const Index at = patch.start + run * g.run_stride;
             along(y + at, past, width, [&](Index k, int lanes) ALWAYS {
@@ -535,12 +540,13 @@ void rows_forward(const Rows& g, const Tensors& t) {
     const T* const x = (const T*)t.x;
     const T* const residual = (const T*)t.residual;
     T* const y = (T*)t.y;
-    if (patched(g, t)) return patches_forward<T, A, R>(g, t);
+    if (patched(g)) return patches_forward<T, A, R>(g, t);
     const Index values = g.rows * g.runs * g.span;
     shared(t.threads, g.rows, [&](Index row) ALWAYS {
         const Index b = row % g.inner, start = (row / g.inner) * g.outer_stride + b * g.inner_stride;
         const Scale s = t.given ? given(t, b)
                                 : kept(t, row, row_moments(x + start, g.runs, g.run_stride, g.span, t.center));
+        if (!y) return;
         // Backwards: what was read last for the statistics is still in a cache.
         for (Index run = g.runs; run-- > 0;) {
             const Index at = start + run * g.run_stride;
@@ -582,21 +588,28 @@ ALWAYS inline vf before_activation(const T* dy, const T* residual, Index k, int 
     return derivative<A>(z, d);
 }
 
-// What is subtracted from the gradient of the input: one + off * two, where off = x - mean. Given statistics do not depend
-// on the input: nothing is subtracted, nor an infinity times 0.
+// Whether the statistics do not depend on the input: nothing is subtracted then, nor an infinity times 0.
+inline bool constants(const Tensors& t) { return t.given && !t.average_g; }
+
+// Whether the sums of the backward pass are wanted. By given statistics they are those of gamma and beta alone.
+inline bool sums_wanted(const Tensors& t) { return !t.given || t.dgamma || t.dbeta; }
+
+// What is subtracted from the gradient of the input: one + off * two, where off = x - mean.
 struct Correction {
     float one = 0, two = 0;
 
-    // From the sums over n values, which hold gamma.
-    Correction(const Tensors& t, const Scale& s, double sg, double sgx, double n) {
-        if (t.given) return;
-        const double rstd = s.rstd;
-        two = (float)(sgx / n * rstd * rstd * rstd);
-        one = (t.center ? (float)(sg / n * rstd) : 0.0f) - s.rest * two;
+    // From the sums over n values, which hold gamma, or from the averages that are there for this entry of gamma.
+    Correction(const Tensors& t, const Scale& s, Index entry, double sg, double sgx, double n) {
+        if (constants(t)) return;
+        const double rstd = s.rstd, gain = rstd * (t.given && t.gamma ? t.gamma[entry] : 1.0f);
+        two = (float)(t.given ? t.average_gx[entry] * gain * rstd : sgx / n * rstd * rstd * rstd);
+        one = (t.center ? (float)((t.given ? t.average_g[entry] : sg / n) * gain) : 0.0f) - s.rest * two;
     }
 };
 
-ALWAYS inline vf corrected(bool given, vf d, vf one, vf off, vf two) { return given ? d : (d - one) - off * two; }
+ALWAYS inline vf corrected(bool constants, vf d, vf one, vf off, vf two) {
+    return constants ? d : (d - one) - off * two;
+}
 
 // Activations whose derivative takes longer than to keep it from the sums to the gradient, and the values of a row up to
 // which the second cache holds what is kept.
@@ -637,13 +650,14 @@ void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
         const Index width = patch.size * g.span;
         float mean[PATCH], gain[PATCH], shift[PATCH], s1[PATCH], s2[PATCH];
         double sums[PATCH] = {}, products[PATCH] = {};
+        const Index statistic = t.given ? patch.b : patch.row;
         for (Index i = 0; i < patch.size; ++i) {
-            const Line l = line(given(t, patch.row + i), t, patch.b + i);
+            const Line l = line(given(t, statistic + i), t, patch.b + i);
             fill(mean, i, g.span, l.mean);
             fill(gain, i, g.span, l.gain);
             fill(shift, i, g.span, l.shift);
         }
-        for (Index from = 0; from < g.runs; from += EXACT) {
+        for (Index from = 0; sums_wanted(t) && from < g.runs; from += EXACT) {
             for (Index k = 0; k < width; ++k) s1[k] = s2[k] = 0;
             for (Index run = from; run < g.runs && run < from + EXACT; ++run) {
                 const Index at = patch.start + run * g.run_stride, next = at + g.run_stride;
@@ -662,23 +676,25 @@ void patches_backward(const Rows& g, const Tensors& t, double* dgamma, double* d
         }
         // s1 and s2 become what is subtracted.
         for (Index i = 0; i < patch.size; ++i) {
-            const Scale s = given(t, patch.row + i);
+            const Scale s = given(t, statistic + i);
             const double gamma = t.gamma ? t.gamma[patch.b + i] : 1.0;
             const double product = products[i] - s.rest * sums[i];
             if (dgamma) dgamma[patch.row + i] = product * s.rstd;
             if (dbeta) dbeta[patch.row + i] = sums[i];
-            const Correction c(t, s, gamma * sums[i], gamma * product, n);
+            const Correction c(t, s, patch.b + i, gamma * sums[i], gamma * product, n);
             fill(s1, i, g.span, c.one);
             fill(s2, i, g.span, c.two);
         }
         if (!dx && !dresidual) return;
+        const bool fixed = constants(t);
         for (Index run = g.runs; run-- > 0;) {
             const Index at = patch.start + run * g.run_stride;
             along(dx + at, past, width, [&](Index k, int lanes) ALWAYS {
                 const vf off = read(x + at + k, lanes) - read(mean + k, lanes), scale = read(gain + k, lanes);
                 const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), k, lanes, off, scale,
                                                         read(shift + k, lanes));
-                if (dx) write(dx + at + k, (d * scale - read(s1 + k, lanes)) - off * read(s2 + k, lanes), lanes, past);
+                const vf one = read(s1 + k, lanes), two = read(s2 + k, lanes);
+                if (dx) write(dx + at + k, corrected(fixed, d * scale, one, off, two), lanes, past);
                 if (R && dresidual) write(dresidual + at + k, d, lanes);
             });
         }
@@ -694,7 +710,7 @@ void each_row_backward(const Rows& g, const Tensors& t, Index pieces, Index entr
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
     const bool each = g.affine == PER_VALUE;
-    const bool keeps = costly(A) && !each && (dx || dresidual) && g.runs * g.span <= KEPT;
+    const bool keeps = costly(A) && !each && (dx || dresidual) && g.runs * g.span <= KEPT && sums_wanted(t);
     shared(t.threads, pieces, keeps ? g.runs * g.span : 0, [&](Index piece, float* kept) ALWAYS {
         // Sums of a block of rows in float, added to the double ones when the block ends.
         Array<float> block(each ? 2 * entries : 0);
@@ -714,7 +730,7 @@ void each_row_backward(const Rows& g, const Tensors& t, Index pieces, Index entr
             if (!each) {
                 // One gamma for the whole row: its runs are summed together, unless each is kept. Else run by run.
                 const Index joint = g.affine == PER_ROW && !keeps ? g.runs : 1;
-                for (Index run = 0; run < g.runs; run += joint) {
+                for (Index run = 0; sums_wanted(t) && run < g.runs; run += joint) {
                     const Index at = start + run * g.run_stride, entry = g.affine == PER_ROW ? b : b * g.runs + run;
                     const float gamma = t.gamma ? t.gamma[entry] : 1.0f;
                     const Pair p = runs_sums<T, A, R>(x + at, dy + at, residual + (R ? at : 0), joint, g.run_stride,
@@ -746,9 +762,9 @@ void each_row_backward(const Rows& g, const Tensors& t, Index pieces, Index entr
                 if ((dgamma || dbeta) && ++pending == 64) flush();
             }
             if (!dx && !dresidual) continue;
-            const Correction c(t, s, sg, sgx, (double)(g.runs * g.span));
+            const Correction c(t, s, b, sg, sgx, (double)(g.runs * g.span));
             const vf one = splat(c.one), two = splat(c.two);
-            const bool constants = t.given;
+            const bool fixed = constants(t);
             for (Index run = g.runs; run-- > 0;) {
                 const Index at = start + run * g.run_stride;
                 const T *px = x + at, *pd = dy + at, *pr = residual + (R ? at : 0);
@@ -758,7 +774,7 @@ void each_row_backward(const Rows& g, const Tensors& t, Index pieces, Index entr
                     const vf off = read(px + k, lanes) - s.mean;
                     const vf d = costly(A) && own ? read(own + k, lanes)
                                                   : before_activation<T, A, R>(pd, pr, k, lanes, off, gain, shift);
-                    if (dx) write(dx + at + k, corrected(constants, d * gain, one, off, two), lanes, past);
+                    if (dx) write(dx + at + k, corrected(fixed, d * gain, one, off, two), lanes, past);
                     if (R && dresidual) write(dresidual + at + k, d, lanes);
                 };
                 if (each) {
@@ -794,7 +810,7 @@ void rows_backward(const Rows& g, const Tensors& t) {
     const Index shares = each ? pieces * entries : g.affine == PER_ROW ? g.rows : g.rows * g.runs;
     Array<double> dgamma(t.dgamma ? shares : 0);
     Array<double> dbeta(t.dbeta ? shares : 0);
-    if (patched(g, t))
+    if (patched(g))
         patches_backward<T, A, R>(g, t, dgamma.get(), dbeta.get());
     else
         each_row_backward<T, A, R>(g, t, pieces, entries, dgamma.get(), dbeta.get());
@@ -943,6 +959,7 @@ void apply_columns(const Columns& g, const Tensors& t, Index from, Index to, con
     const T* const x = (const T*)t.x;
     const T* const residual = (const T*)t.residual;
     T* const y = (T*)t.y;
+    if (!y) return;
     const Index channels = g.channels, rows = block_rows(channels);
     const bool past = past_caches(y, g.blocks * g.length * channels) && channels % W == 0;
     const bool remote = from_memory<T>(g);
@@ -1037,6 +1054,7 @@ void column_sums(const Columns& g, const Tensors& t, Index from, Index to, const
     const T* const x = (const T*)t.x;
     const T* const dy = (const T*)t.dy;
     const T* const residual = (const T*)t.residual;
+    if (!sums_wanted(t)) return;
     const Index channels = g.channels, rows = block_rows(channels);
     for (Index m = from; m < to; m += rows) {
         const Index end = to - m < rows ? to : m + rows;
@@ -1075,10 +1093,11 @@ void column_gradients(const Columns& g, const Tensors& t, Index from, Index to, 
     const T* const residual = (const T*)t.residual;
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
+    if (!dx && !dresidual) return;
     const Index channels = g.channels, rows = block_rows(channels);
     const bool past = dx && past_caches(dx, g.blocks * g.length * channels) && channels % W == 0;
     const bool remote = from_memory<T>(g);
-    const bool constants = t.given;
+    const bool fixed = constants(t);
     for (Index end = to; end > from; end -= rows) {
         const Index m = end - from < rows ? from : end - rows;
         tiles(channels, [&](Index c, int lanes, auto vectors) ALWAYS {
@@ -1099,7 +1118,7 @@ void column_gradients(const Columns& g, const Tensors& t, Index from, Index to, 
                     const vf off = read(x + at, lanes) - mean[u];
                     const vf d = before_activation<T, A, R>(dy + at, residual + (R ? at : 0), 0, lanes, off, gain[u],
                                                             shift[u]);
-                    if (dx) write(dx + at, corrected(constants, d * gain[u], one[u], off, two[u]), lanes, past);
+                    if (dx) write(dx + at, corrected(fixed, d * gain[u], one[u], off, two[u]), lanes, past);
                     if (R && dresidual) write(dresidual + at, d, lanes);
                 }
         });
@@ -1121,7 +1140,7 @@ inline void corrections(const Columns& g, const Tensors& t, Index block, double*
             sgx += gamma * product;
             product *= s.rstd;
         }
-        const Correction found(t, s, sg, sgx, (double)(g.length * g.group));
+        const Correction found(t, s, k, sg, sgx, (double)(g.length * g.group));
         for (Index c = k * g.group; c < (k + 1) * g.group; ++c) {
             one[c] = found.one;
             two[c] = found.two;

@@ -29,6 +29,10 @@ struct Columns {
 };
 
 // Tensors. What is not there is null.
+//
+// The halves, for statistics that several processes share: forward without y finds the statistics and writes nothing else;
+// forward with given ones normalizes. Backward with given ones and without dx sums dgamma and dbeta; with their averages
+// over the whole it gives dx, as if the statistics had been those of x.
 struct Tensors {
     const void* x;
     const void* residual;
@@ -46,6 +50,9 @@ struct Tensors {
     void* dx;
     void* dresidual;
     float *dgamma, *dbeta;
+    // Per entry, with given statistics: averages over all that these were taken from, of the gradient before the activation
+    // and of that times the normalized input. Null: the statistics are constants.
+    const float *average_g, *average_gx;
 };
 
 // One step of an LSTM between its norms. Rows are samples; `gates` and `dgates` hold i, f, g, o side by side, each `units`

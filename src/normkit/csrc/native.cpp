@@ -106,6 +106,22 @@ void backward(int set, const std::vector<Index>& g, Address dy, Address x, Addre
         table(set).rows_backward(rows(g), t);
 }
 
+// The gradient of x by statistics that it is a part of, and by the averages of the sums of all that they were taken from.
+void gradient(int set, const std::vector<Index>& g, Address dy, Address x, Address residual, Address gamma, Address beta,
+              Address dx, Address dresidual, Address average_g, Address average_gx, Address var, Address mean, Address rest,
+              double eps, int type, int activation, int threads) {
+    Tensors t = tensors(x, residual, gamma, beta, var, mean, rest, eps, true, true, type, activation, threads);
+    t.dy = at<const void>(dy);
+    t.dx = at<void>(dx);
+    t.dresidual = at<void>(dresidual);
+    t.average_g = at<const float>(average_g);
+    t.average_gx = at<const float>(average_gx);
+    if (g.size() == 4)
+        table(set).columns_backward(columns(g), t);
+    else
+        table(set).rows_backward(rows(g), t);
+}
+
 void cell_state(int set, Index rows, Index units, Address gates, Address before, Address cell, int threads) {
     Cell s{};
     s.rows = rows, s.units = units, s.threads = threads;
@@ -179,5 +195,6 @@ NB_MODULE(_native, m) {
           "See normkit.torch._lstm.");
     m.def("want_huge_pages", &want_huge_pages, "See normkit.torch._compiled.");
     m.def("keep", &keep, "See normkit.kernels.native.");
+    m.def("gradient", &gradient, nb::call_guard<nb::gil_scoped_release>(), "See normkit.torch._halves.");
     m.def("backward", &backward, nb::call_guard<nb::gil_scoped_release>(), "See normkit.kernels.native.");
 }

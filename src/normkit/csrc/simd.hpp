@@ -173,8 +173,8 @@ __attribute__((always_inline)) inline vf exponential(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const vi exponent = ((vi)shifted - (std::int32_t)0x4b400000) << 23;
-    vf y = (vf)((vi)p + exponent);
+    const vu exponent = ((vu)shifted - 0x4b400000u) << 23;  // unsigned: beyond the range it overflows
+    vf y = (vf)((vu)p + exponent);
     y = x < -87.0f ? vf{} : y;
     y = x > 88.72f ? splat(__builtin_inff()) : y;
     return x == x ? y : x;  // the sum of exponents may have made a number of NaN

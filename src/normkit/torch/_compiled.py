@@ -36,14 +36,20 @@ from normkit.torch._layout import CHANNELS_LAST, layout_of
 __all__ = [
     "Case",
     "Normalized",
+    "Part",
     "covers",
+    "covers_shared",
     "decide",
+    "decide_shared",
     "evaluate",
     "keep",
     "known",
+    "like",
     "normalize",
     "signature",
+    "statistics_of",
     "threads",
+    "twice",
 ]
 
 _native = available()
@@ -151,15 +157,43 @@ def decide(
         registry.refused("native", found)
         return None
     own, numbers = (found, found.numbers) if isinstance(found, Geometry) else (None, found)
-    direct = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in (gamma, beta))
     writes = own is not None and kept is not None and _writes(spec, own, kept, number)
-    kinds = _DTYPES[x.dtype], ACTIVATIONS[activation], direct, writes, x.nbytes > _HUGE
-    case = Case(spec, p, numbers, own, activation, *kinds)
+    case = _case(spec, p, numbers, own, activation, x, gamma, beta, writes=writes)
     if key is not None:
         if len(_known) >= _CASES:
             _known.clear()
         _known[key] = case
     return case
+
+
+def decide_shared(
+    spec: NormSpec, p: NormPlan, x: Tensor, gamma: Tensor | None, beta: Tensor | None, activation: str | None
+) -> Case:
+    """The case of a part of a batch that :func:`covers_shared` lets pass: its statistics are found, and later given."""
+    numbers: tuple[int, ...] = ()  # without values there is nothing to walk
+    layout = layout_of(x)
+    if x.numel() and layout is not None:
+        found = geometry(spec.name, p, tuple(x.shape), layout)
+        assert not isinstance(found, str), found
+        numbers = found.numbers
+    return _case(spec, p, numbers, None, activation, x, gamma, beta, writes=False)
+
+
+def _case(
+    spec: NormSpec,
+    p: NormPlan,
+    numbers: tuple[int, ...],
+    found: Geometry | None,
+    activation: str | None,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    writes: bool,
+) -> Case:
+    direct = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in (gamma, beta))
+    kinds = _DTYPES[x.dtype], ACTIVATIONS[activation], direct, writes, x.nbytes > _HUGE
+    return Case(spec, p, numbers, found, activation, *kinds)
 
 
 def normalize(
@@ -203,6 +237,68 @@ def keep(
     count = 0 if number is None else number.data_ptr()
     _native.keep(found.statistics, *_places(statistics), mean, var, count, rate, unbiased, skip)
     torch.autograd.graph.increment_version(written)  # the kernel wrote behind autograd's back
+
+
+def statistics_of(case: Case, x: Tensor) -> Tensor:
+    """Variance, mean and rest of the mean of a part, of shape (3, C)."""
+    statistics = torch.empty((3, x.shape[1]), dtype=torch.float32)
+    how = *_places(statistics), 0.0, True, False, case.kind, ACTIVATIONS[None], threads(x)
+    _native.forward(_SET, case.numbers, x.data_ptr(), 0, 0, 0, 0, *how)
+    return statistics
+
+
+class Part(NamedTuple):
+    """A part of a batch, as kernels read it, and the statistics of the whole. Autograd sees nothing of it."""
+
+    case: Case
+    x: Tensor
+    residual: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    statistics: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, case: Case, x: Tensor, residual: Tensor | None, *others: Any) -> Part:
+        """Of tensors in any order and type that :func:`covers_shared` lets pass."""
+        gamma, beta, statistics, eps = others
+        if not case.direct:
+            gamma, beta = _single(gamma), _single(beta)
+        return cls(case, x, None if residual is None else like(residual, x), gamma, beta, statistics, eps)
+
+    def normalize(self) -> Tensor:
+        """Return act(norm(x) + residual)."""
+        y = _empty_like(self.x, self.case)
+        _native.forward(_SET, self.case.numbers, *self._tensors(), y.data_ptr(), *self._settings())
+        return y
+
+    def sums(self, dy: Tensor) -> Tensor:
+        """Of shape (2, C): of the gradient before the activation, and of that times the normalized input.
+
+        `dy` lies as x does.
+        """
+        into = torch.empty((2, self.x.shape[1]), dtype=torch.float32)
+        first, second = (part.data_ptr() for part in into)
+        tensors = dy.data_ptr(), *self._tensors()
+        _native.backward(_SET, self.case.numbers, *tensors, 0, 0, second, first, *self._settings())
+        return into
+
+    def gradient(
+        self, dy: Tensor, averages: Tensor, *, for_x: bool, for_residual: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and of the residual before an activation, from the averages of `sums` over the whole."""
+        dx, dresidual = (_empty_like(self.x, self.case) if wanted else None for wanted in (for_x, for_residual))
+        first, second = (part.data_ptr() for part in averages)
+        tensors = dy.data_ptr(), *self._tensors(), _address(dx), _address(dresidual)
+        how = *_places(self.statistics), self.eps, self.case.kind, self.case.act, threads(self.x)
+        _native.gradient(_SET, self.case.numbers, *tensors, first, second, *how)
+        return dx, dresidual
+
+    def _tensors(self) -> tuple[int, ...]:
+        return self.x.data_ptr(), _address(self.residual), _address(self.gamma), _address(self.beta)
+
+    def _settings(self) -> tuple[Any, ...]:
+        return _settings(self.case, self.x, _places(self.statistics), self.eps)
 
 
 def _writes(spec: NormSpec, found: Geometry, kept: Mapping[str, Tensor], number: Tensor | None) -> bool:
@@ -250,7 +346,7 @@ class _Normalize(torch.autograd.Function):
                 plain = replace(case.spec, gain="w")  # gamma is whole here
                 return formula.normalize(torch, plain, case.plan, x, gamma, beta, eps=eps)[0]
 
-            return *_twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None
+            return *twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None
         places = _places(statistics)
         return *_backward(ctx, case, dy, x, residual, gamma, beta, places, eps, summed), None, None, None
 
@@ -291,7 +387,7 @@ class _Evaluate(torch.autograd.Function):
                 y = y if gamma is None else y * gamma.reshape(shape)
                 return y if beta is None else y + beta.reshape(shape)
 
-            return *_twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None, None
+            return *twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None, None
         places = var.data_ptr(), mean.data_ptr(), 0
         return *_backward(ctx, case, dy, x, residual, gamma, beta, places, eps, summed), None, None, None, None
 
@@ -309,7 +405,7 @@ def _forward(
     if not case.direct:
         gamma, beta = _single(gamma), _single(beta)
     if residual is not None:
-        residual = _like(residual, x)
+        residual = like(residual, x)
     _native.forward(
         _SET,
         case.numbers,
@@ -342,9 +438,9 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, residual, gamma and beta."""
     for_x, for_residual, for_gamma, for_beta, *_ = ctx.needs_input_grad
-    dy = _like(dy, x)
+    dy = like(dy, x)
     if residual is not None:
-        residual = _like(residual, x)
+        residual = like(residual, x)
     own_gamma, own_beta = (gamma, beta) if case.direct else (_single(gamma), _single(beta))
     dx = _empty_like(x, case) if for_x else None
     dresidual = None
@@ -372,7 +468,7 @@ def _backward(
     return dx, dresidual, dgamma, dbeta
 
 
-def _twice(
+def twice(
     ctx: Any,
     again: Any,
     dy: Tensor,
@@ -434,6 +530,11 @@ def _covers_given(
     return missing() if _native is None else evaluation(tuple(x.shape), layout)
 
 
+def covers_shared(x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None = None) -> str:
+    """Why the halves cannot take such a part of a batch, whatever its layout and size; empty if they can."""
+    return _unfit("contiguous", x, residual, gamma, beta) or (missing() if _native is None else "")
+
+
 def _unfit(layout: Layout | None, x: Tensor, residual: Tensor | None, *affine: Tensor | None) -> str:
     """Why no kernel can take such tensors; empty if one can."""
     if x.device.type != "cpu":
@@ -456,7 +557,7 @@ def _empty_like(x: Tensor, case: Case) -> Tensor:
     return y
 
 
-def _like(t: Tensor, x: Tensor) -> Tensor:
+def like(t: Tensor, x: Tensor) -> Tensor:
     """In the type and order of the input."""
     if t.dtype != x.dtype:
         t = t.to(x.dtype)

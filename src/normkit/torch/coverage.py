@@ -15,9 +15,11 @@ from normkit.core.spec import NormSpec
 from normkit.kernels import instruction_sets, registry
 from normkit.kernels.native import instruction_set
 from normkit.tables import Result, Table
-from normkit.torch import _compiled, _execute
+from normkit.torch import _compiled, _execute, _halves
 
-__all__ = ["Coverage", "coverage"]
+__all__ = ["SYNCHRONIZED", "Coverage", "coverage"]
+
+SYNCHRONIZED = "batch_norm, synchronized"
 
 _SHAPE = (4, 8, 4, 4)  # any will do: kernels ask for types, layouts and whether there are values
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,7 +79,7 @@ class Coverage(Result):
 def coverage() -> Coverage:
     """Ask every kernel about every normalizer, layout and type. Evaluation by running statistics is as batch norm."""
     sets = instruction_sets()
-    return Coverage(sets, sets[instruction_set()] if sets else None, tuple(_rows()))
+    return Coverage(sets, sets[instruction_set()] if sets else None, (*_rows(), *_synchronized()))
 
 
 def _rows() -> Iterator[Row]:
@@ -97,6 +99,16 @@ def _rows() -> Iterator[Row]:
                 )
                 why = native if isinstance(native, str) else "" if kernel == "native" else "a rule begins further down"
                 yield Row(spec.name, layout, str(dtype)[6:], kernel, why)
+
+
+def _synchronized() -> Iterator[Row]:
+    """Batch norm by the statistics of several processes, of which PyTorch has no kernel for CPUs."""
+    for layout, form in _FORMATS.items():
+        for dtype in _DTYPES:
+            x = torch.ones(_SHAPE, dtype=dtype).contiguous(memory_format=form)
+            native = _compiled.covers_shared(x, torch.ones(_SHAPE[1], dtype=_execute.accumulator(dtype)), None)
+            why = native or ("" if _halves.tried(catalog.BATCH, dtype) else "a rule begins further down")
+            yield Row(SYNCHRONIZED, layout, str(dtype)[6:], "formula" if why else "native", why)
 
 
 def _channels(spec: NormSpec) -> tuple[int, ...]:

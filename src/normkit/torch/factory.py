@@ -191,6 +191,8 @@ class Anywhere(nn.Module):
             raise NormValueError(message(must, f"shape {tuple(input.shape)}", f"norm({channels}, axis={other})"))
         if self.axis == 1:
             return run(input, **options)
+        if options.get("residual") is not None:
+            options["residual"] = options["residual"].movedim(-1, 1)
         # Contiguous, since code around the norms of a transformer calls view().
         return run(input.movedim(-1, 1), **options).movedim(1, -1).contiguous()
 

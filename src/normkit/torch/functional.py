@@ -25,6 +25,7 @@ from normkit.core.plan import NormPlan
 from normkit.core.spec import ARGUMENTS, NormSpec
 from normkit.errors import NormRuntimeError, NormTypeError, NormValueError, message, nearest
 from normkit.torch import _compiled as compiled
+from normkit.torch import _halves as halves
 from normkit.torch._buffers import keep, recomputing, watched
 from normkit.torch._execute import accumulator, evaluate, needs_plain, normalize
 from normkit.torch._processes import highest, normalize_together
@@ -622,12 +623,17 @@ def _tracked(
             hint = "r and d come from running statistics that have moved since; keep this layer out of the checkpoint"
             raise NormRuntimeError(message(must, hint=hint))
         correct = formula.renorm(torch, kept, *clips, stop=Tensor.detach)
-    if process_group is not None:
+    eager = sample_weight is None and correct is None and _eager(input, activation, residual, weight, bias)
+    if process_group is not None and eager and halves.takes(chosen, input, weight, bias, residual):
+        fused: Any = {"activation": activation, "residual": residual}
+        y, moments = halves.normalize(chosen, p, input, weight, bias, eps, real=real, group=process_group, **fused)
+        activation = residual = real = None
+    elif process_group is not None:
         wide = accumulator(x.dtype)
         gamma, beta = (None if t is None else t.to(wide) for t in (weight, bias))
         y, moments = normalize_together(chosen, p, x.to(wide), gamma, beta, eps, weight=w, group=process_group)
     else:
-        if w is None and correct is None and _eager(input, activation, residual, weight, bias):
+        if eager and w is None:
             case = compiled.decide(key, chosen, p, input, weight, bias, activation, residual, kept, number)
             if case is not None:
                 return _run(case, input, weight, bias, eps, residual, kept, number, momentum, nonfinite)

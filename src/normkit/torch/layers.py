@@ -828,7 +828,8 @@ def _fusable(norm: nn.Module) -> bool:
     """Whether a call of this layer is nothing but our forward: no subclass, no hook, no parametrization."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     replaced = "forward" in norm.__dict__ or any(getattr(norm, name) for name in hooks)
-    return type(norm) in _OURS and not replaced and not nn.modules.module._has_any_global_hook()
+    ours = type(norm) in _OURS or bool("_fuses" in vars(type(norm)) and norm._fuses)
+    return ours and not replaced and not nn.modules.module._has_any_global_hook()
 
 
 _OURS = frozenset(layer for name, layer in list(globals().items()) if name in __all__ and name != "NormAct")

@@ -43,11 +43,16 @@ class _SyncBatchNorm(_BatchNorm):
 
     def _run(self, input: Tensor, **options: Any) -> Tensor:
         plain = all(value is None for value in options.values())
-        if not self.training and plain and (self.turned_from or type(self)).__module__.startswith("torch."):
+        if not self.training and plain and not self._fuses:
             return _THEIRS.forward(self, input)  # type: ignore[arg-type]
         _check_dims(self, input)
         group = shared(self._process_group.group) if self.training else None
         return functional.batch_norm(input, **self._arguments(), training=self.training, process_group=group, **options)
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether an activation and a residual may be handed on: what was torch's evaluates by torch's function."""
+        return not (self.turned_from or type(self)).__module__.startswith("torch.")
 
     def _check_input_dim(self, input: Tensor) -> None:
         _check_dims(self, input)
@@ -103,6 +108,8 @@ class SyncBatchNorm(Anywhere, _SyncBatchNorm, _THEIRS):
         options: dict[str, Any] = {"bias": bias, "bessel": bessel, "nonfinite": nonfinite}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self._process_group = GroupHolder(process_group)
+
+    _fuses = _SyncBatchNorm._fuses  # of this class and no other: one that is derived from it may do more
 
     @property
     def process_group(self) -> Any:
