@@ -18,7 +18,7 @@ from normkit.studies.presets import Effort
 from normkit.studies.probed import Probed
 from normkit.studies.verdict import Level, decided
 
-QUIET = {"quick": True, "workers": 1, "show_progress": False}
+QUIET = {"quick": True, "seeds": 3, "workers": 1, "show_progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_the_page_needs_nothing_else_and_says_it_all(finished):
 
 def test_circumstances_and_several_comparisons(arrays):
     """A study of two comparisons under conditions, the second of them longer; seeds are given."""
-    outcome = normkit.study("train-eval-gap", arrays, seeds=1, **QUIET)
+    outcome = normkit.study("train-eval-gap", arrays, **QUIET | {"seeds": 1})
     (case,) = outcome.cases
     assert [(m.arm, m.epochs) for m in case.found] == [
         ("momentum 0.1", 1), ("momentum 0.01", 1), ("momentum 0.01, recalibrated", 1), ("momentum 0.01, long", 30)
@@ -151,7 +151,7 @@ def test_noise_of_the_steps_is_shown_and_written(tmp_path, monkeypatch):
     study = STUDIES["recurrent"]
     small = dataclasses.replace(study, parts=study.parts[:1], judge=lambda _: (), quick=Effort((0.03,), 1, 1, ("mlp",)))
     monkeypatch.setattr(verb, "find", {"recurrent": small}.__getitem__)
-    outcome = normkit.study("recurrent", data, out=tmp_path, **QUIET)
+    outcome = normkit.study("recurrent", data, out=tmp_path, **QUIET | {"seeds": 1})
     (case,) = outcome.cases
     trials = {str(trial.config.conditions): trial for trial in case.comparisons[0].trials}
     (steps,) = case.found.one("batch", "statistics per step").noise
@@ -187,7 +187,7 @@ def test_on_images_with_the_convolutional_network():
     x = rng.uniform(0, 1, (80, 8, 8))
     x[y == 1, :, :4] += 2
     data = {"x_train": x[:48], "y_train": y[:48], "x_test": x[48:], "y_test": y[48:]}
-    (case,) = normkit.study("appearance", data, model="cnn", seeds=1, **QUIET).cases
+    (case,) = normkit.study("appearance", data, model="cnn", **QUIET | {"seeds": 1}).cases
     assert case.title == "cnn on arrays"
     assert {m.norm for m in case.found} == {"none", "batch", "layer", "instance"}
     assert len(case.comparisons) == 3
