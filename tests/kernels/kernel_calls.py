@@ -227,19 +227,21 @@ def call(case: Case, i: Inputs, kind: str, which: str, *, threads: int = 1, shif
         return [0 if arrays[name] is None else arrays[name].address for name in names]
 
     act = ACTIVATIONS[i.activation]
+    arrays["none"] = None
     rest = (i.eps, center, case.given, TYPES[kind], act, threads)
-    native.forward(place, case.numbers, *at("x", "residual", "gamma", "beta", "y", "var", "mean", "rest"), *rest)
+    native.forward(
+        place, case.numbers, *at("x", "residual", "gamma", "beta", "y", "none", "var", "mean", "rest"), *rest
+    )
     # Without an activation the gradient goes through the sum as it is, and the kernel is not told of the residual.
     summed = "residual" if i.activation is not None else "none"
-    arrays["none"] = None
-    names = ("dy", "x", summed, "gamma", "beta", "dx", "dresidual", "dgamma", "dbeta", "var", "mean", "rest")
+    names = ("dy", "x", summed, "gamma", "beta", "dx", "dresidual", "dgamma", "dbeta", "none", "var", "mean", "rest")
     native.backward(place, case.numbers, *at(*names), *rest)
     for name, array in arrays.items():
         if array is not None:
             array.check(f"{case}, {which}, {kind}: {name}")
     values = {name: None if array is None else array.values for name, array in arrays.items()}
     mean = values["mean"]
-    written = ("y", "dx", "dresidual", "dgamma", "dbeta", "var", "mean", "rest")
+    written = ("y", "dx", "dresidual", "dgamma", "dbeta", "none", "var", "mean", "rest")
     return Outputs(
         y=values["y"],
         mean=mean + values["rest"] if mean is not None and values["rest"] is not None else mean,

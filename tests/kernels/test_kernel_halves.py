@@ -70,17 +70,17 @@ class Part:
 
     def find(self) -> None:
         how = 0.0, True, False, self.kind, 0, self.threads
-        self._call(self.native.forward, *self.at("x", "", "", "", "", "var", "mean", "rest"), *how)
+        self._call(self.native.forward, *self.at("x", "", "", "", "", "", "var", "mean", "rest"), *how)
 
     def normalize(self) -> None:
-        names = "x", "residual", "gamma", "beta", "y", "var", "mean", "rest"
+        names = "x", "residual", "gamma", "beta", "y", "", "var", "mean", "rest"
         how = self.eps, True, True, self.kind, self.activation, self.threads
         self._call(self.native.forward, *self.at(*names), *how)
 
     def sum(self) -> None:
         before = ("dy", "x", "residual" if self.activation else "", "gamma", "beta", "", "")
         how = self.eps, True, True, self.kind, self.activation, self.threads
-        self._call(self.native.backward, *self.at(*before, "dgamma", "dbeta", "var", "mean", "rest"), *how)
+        self._call(self.native.backward, *self.at(*before, "dgamma", "dbeta", "", "var", "mean", "rest"), *how)
 
     def differentiate(self) -> None:
         before = ("dy", "x", "residual" if self.activation else "", "gamma", "beta", "dx", "dresidual")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -16,12 +17,17 @@ from kernel_calls import (
     SETS,
     WIDTHS,
     Case,
+    Guarded,
     call,
     check,
+    from_bits,
     inputs,
     needs_kernels,
     oracle,
+    to_bits,
 )
+
+from normkit.kernels.native import TYPES, available
 
 pytestmark = needs_kernels
 every_set = pytest.mark.parametrize("which", SETS)
@@ -326,8 +332,6 @@ def test_any_shape(case, kind, which, activation, residual, affine, threads, off
 def test_outputs_past_the_caches_have_the_same_bits(which):
     """From 16 MB on vectors are written past the caches, if the memory is aligned: rows and columns of a sample are the
     same with less memory, or at an odd place."""
-    from normkit.kernels.native import TYPES, available
-
     native, place = available(), SETS.index(which)
     rows, length = 1030, 4096  # 16.9 MB
     x = torch.randn(rows, length, generator=torch.Generator().manual_seed(0))
@@ -346,11 +350,48 @@ def test_outputs_past_the_caches_have_the_same_bits(which):
             kept = statistics(n)
             stats = [t.data_ptr() for t in kept]
             rest = (1e-5, True, given_, TYPES["float32"], ACTIVATIONS["relu"], 2)
-            native.forward(place, numbers(n), x.data_ptr(), 0, 0, 0, y.data_ptr(), *stats, *rest)
+            native.forward(place, numbers(n), x.data_ptr(), 0, 0, 0, y.data_ptr(), 0, *stats, *rest)
             native.backward(
-                place, numbers(n), dy.data_ptr(), x.data_ptr(), 0, 0, 0, dx.data_ptr(), 0, 0, 0, *stats, *rest
+                place, numbers(n), dy.data_ptr(), x.data_ptr(), 0, 0, 0, dx.data_ptr(), 0, 0, 0, 0, *stats, *rest
             )
             found.append((y[: rows // 2], dx[: rows // 2]))
         for y, dx in found[1:]:
             assert torch.equal(y, found[0][0]), label
             assert torch.equal(dx, found[0][1]), label
+
+
+@every_kind
+@every_set
+def test_a_sum_in_front_is_that_of_two_steps(which, kind):
+    """x + residual, rounded, is normalized and kept, and its own gradient comes on top."""
+    native, place = available(), SETS.index(which)
+    for k, n in enumerate(lengths(which)):
+        case = Case(("layer", "rms")[k % 2], (5, n))
+        i = inputs(case, kind, seed=k, activation=None, residual=True, affine=True)
+        total = from_bits(to_bits(np.float32(i.x) + np.float32(i.residual), kind), kind)
+        apart = call(case, dataclasses.replace(i, x=total, residual=None), kind, which)
+        rows, empty = np.zeros(5), np.zeros(i.x.size)
+        a = {"x": i.x, "dy": i.dy, "r": i.residual, "total": empty, "y": empty, "dtotal": i.dy[::-1], "dx": empty}
+        a = {name: Guarded(value, kind, k % 4) for name, value in a.items()}
+        a |= {
+            name: Guarded(value) for name, value in {"var": rows, "mean": rows, "rest": rows, "gamma": i.gamma}.items()
+        }
+        a |= {"beta": Guarded(i.gamma if i.beta is None else i.beta), "dgamma": Guarded(i.gamma * 0)}
+        at = {name: array.address for name, array in a.items()} | {"none": 0}
+        if not case.spec.center:
+            at |= {"mean": 0, "rest": 0, "beta": 0}
+        how = (i.eps, case.spec.center, False, TYPES[kind], 0, 1 + k % 3)
+        names = "x", "r", "gamma", "beta", "y", "total", "var", "mean", "rest"
+        native.forward(place, case.numbers, *(at[name] for name in names), *how)
+        names = "dy", "total", "none", "gamma", "beta", "dx", "none", "dgamma", "none", "dtotal", "var", "mean", "rest"
+        native.backward(place, case.numbers, *(at[name] for name in names), *how)
+        for name, array in a.items():
+            array.check(f"{case}, {which}, {kind}: {name}")
+        np.testing.assert_array_equal(a["total"].values, total.ravel())
+        np.testing.assert_array_equal(a["y"].values, apart.y.ravel())
+        # The sum of two gradients, one of them rounded on the way in two steps.
+        expected = np.float64(apart.dx.ravel()) + a["dtotal"].values
+        step = EPS32 if kind == "float32" else 2.0**-8
+        size = np.abs(apart.dx.ravel()) + np.abs(a["dtotal"].values)
+        assert (np.abs(a["dx"].values - expected) <= 2 * step * size + 1e-30).all(), f"{case}, {which}, {kind}"
+        np.testing.assert_array_equal(a["dgamma"].values, apart.dgamma.ravel())

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import normkit
 import normkit.torch as nk
 from normkit.core.catalog import CATALOG
 from normkit.core.spec import ARGUMENTS
-from normkit.errors import NormTypeError, NormValueError
+from normkit.errors import NormError, NormTypeError, NormValueError
 from normkit.torch import functional, normalizer_free, weights
 
 G = torch.Generator().manual_seed(0)
@@ -63,6 +64,53 @@ def test_pre_norm_forms_return_output_and_sum():
     y, total = functional.add_rms_norm(X, r, (3,), w, 1e-6)
     torch.testing.assert_close(total, X + r)
     torch.testing.assert_close(y, F.rms_norm(X + r, (3,), w, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("uses", ["y", "total", "both"])
+def test_pre_norm_forms_have_the_gradients_of_two_steps(norm, uses, dtype):
+    """Compiled, in one pass, against two steps of the formula in float64; in float32 second gradients as well."""
+    shapes = (4, 7, 33), (4, 7, 33), (33,), (33,)
+    leaves = [torch.randn(shape, generator=G).to(dtype).requires_grad_() for shape in shapes]
+    leaves = leaves[: 4 if norm == "layer" else 3]
+    seeds = [torch.randn(shapes[0], generator=G).to(dtype) for _ in range(2)]
+
+    def gradients(tensors, whole):
+        x, r, *affine = tensors
+        named = functional.add_layer_norm if norm == "layer" else functional.add_rms_norm
+        pair = named(x, r, (33,), *affine, eps=1e-5)
+        chosen = {"y": pair[:1], "total": pair[1:], "both": pair}[uses]
+        given = {"y": seeds[:1], "total": seeds[1:], "both": seeds}[uses]
+        wanted = tensors if uses != "total" else tensors[:2]
+        first = torch.autograd.grad(chosen, wanted, [s.to(x.dtype) for s in given], create_graph=whole)
+        if not whole or uses == "total":
+            return (*pair, *first)
+        return (*pair, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
+
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    for whole in (False, True) if dtype == torch.float32 else (False,):
+        with normkit.use_kernel("native"):
+            found = gradients(leaves, whole)
+        with normkit.use_kernel("formula"):
+            expected = gradients(exact, whole)
+        for f, e in zip(found, expected, strict=True):
+            # A few roundings of the largest value: sums over 28 rows of second gradients lose some digits.
+            step = 2e-6 if dtype == torch.float32 else 2**-6
+            assert f.dtype == dtype
+            assert float((f.double() - e).abs().max()) <= 10 * step * float(e.abs().max()) + 1e-12
+
+
+def test_pre_norm_forms_are_one_kernel_and_broadcast_as_before():
+    x, r = torch.randn(4, 64, generator=G), torch.randn(64, generator=G)
+    y, total = functional.add_layer_norm(x, r, (64,))  # no kernel adds a row to a matrix
+    torch.testing.assert_close(total, x + r)
+    torch.testing.assert_close(y, F.layer_norm(x + r, (64,)))
+    y, total = functional.add_layer_norm(x.requires_grad_(), x.detach(), (64,))
+    assert type(y.grad_fn) is type(total.grad_fn)
+    assert y.grad_fn is total.grad_fn
+    with pytest.raises(NormError, match="weight"):
+        functional.add_layer_norm(x, x, (64,), torch.ones(3))
 
 
 def test_layer_norm_2d_is_layer_norm_over_channels():

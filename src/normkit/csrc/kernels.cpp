@@ -537,13 +537,16 @@ void patches_forward(const Rows& g, const Tensors& t) {
 
 template <class T, int A, bool R>
 void rows_forward(const Rows& g, const Tensors& t) {
-    const T* const x = (const T*)t.x;
-    const T* const residual = (const T*)t.residual;
-    T* const y = (T*)t.y;
+    T *const y = (T*)t.y, *const total = (T*)t.total;
+    const T *const x = total ? total : (const T*)t.x, *const residual = (const T*)t.residual;
     if (patched(g)) return patches_forward<T, A, R>(g, t);
     const Index values = g.rows * g.runs * g.span;
     shared(t.threads, g.rows, [&](Index row) ALWAYS {
         const Index b = row % g.inner, start = (row / g.inner) * g.outer_stride + b * g.inner_stride;
+        if (total)
+            along(g.span, [&](Index k, int lanes) ALWAYS {
+                write(total + start + k, read((const T*)t.x + start + k, lanes) + read(residual + start + k, lanes), lanes);
+            });
         const Scale s = t.given ? given(t, b)
                                 : kept(t, row, row_moments(x + start, g.runs, g.run_stride, g.span, t.center));
         if (!y) return;
@@ -707,6 +710,7 @@ void each_row_backward(const Rows& g, const Tensors& t, Index pieces, Index entr
     const T* const x = (const T*)t.x;
     const T* const dy = (const T*)t.dy;
     const T* const residual = (const T*)t.residual;
+    const T* const dtotal = (const T*)t.dtotal;
     T* const dx = (T*)t.dx;
     T* const dresidual = (T*)t.dresidual;
     const bool each = g.affine == PER_VALUE;
@@ -774,7 +778,9 @@ void each_row_backward(const Rows& g, const Tensors& t, Index pieces, Index entr
                     const vf off = read(px + k, lanes) - s.mean;
                     const vf d = costly(A) && own ? read(own + k, lanes)
                                                   : before_activation<T, A, R>(pd, pr, k, lanes, off, gain, shift);
-                    if (dx) write(dx + at + k, corrected(fixed, d * gain, one, off, two), lanes, past);
+                    vf found = corrected(fixed, d * gain, one, off, two);
+                    if (dtotal) found += read(dtotal + at + k, lanes);
+                    if (dx) write(dx + at + k, found, lanes, past);
                     if (R && dresidual) write(dresidual + at + k, d, lanes);
                 };
                 if (each) {
@@ -1249,7 +1255,7 @@ void cell_state_backward(const Cell& s) {
 #define NORMKIT_CASES(FUNCTION)                                                              \
     template <class T, int A>                                                                \
     void FUNCTION##_2(const G_##FUNCTION& g, const Tensors& t) {                             \
-        t.residual ? FUNCTION<T, A, true>(g, t) : FUNCTION<T, A, false>(g, t);               \
+        t.residual && !t.total ? FUNCTION<T, A, true>(g, t) : FUNCTION<T, A, false>(g, t);   \
     }                                                                                        \
     template <class T>                                                                       \
     void FUNCTION##_1(const G_##FUNCTION& g, const Tensors& t) {                             \

@@ -35,7 +35,8 @@ struct Columns {
 // over the whole it gives dx, as if the statistics had been those of x.
 struct Tensors {
     const void* x;
-    const void* residual;
+    const void* residual;  // added behind the norm; before it where there is a total
+    void* total;           // x + residual, which is normalized (rows of one run)
     const float* gamma;
     const float* beta;
     void* y;
@@ -47,6 +48,7 @@ struct Tensors {
     int type, activation, threads;
     // Backward pass.
     const void* dy;
+    const void* dtotal;  // a gradient that the sum gets besides
     void* dx;
     void* dresidual;
     float *dgamma, *dbeta;

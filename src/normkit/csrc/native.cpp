@@ -81,10 +81,11 @@ Columns columns(const std::vector<Index>& g) { return {g.at(0), g.at(1), g.at(2)
 
 // Four numbers are a geometry of columns, eight one of rows.
 void forward(int set, const std::vector<Index>& g, Address x, Address residual, Address gamma, Address beta, Address y,
-             Address var, Address mean, Address rest, double eps, bool center, bool given, int type, int activation,
-             int threads) {
+             Address total, Address var, Address mean, Address rest, double eps, bool center, bool given, int type,
+             int activation, int threads) {
     Tensors t = tensors(x, residual, gamma, beta, var, mean, rest, eps, center, given, type, activation, threads);
     t.y = at<void>(y);
+    t.total = at<void>(total);
     if (g.size() == 4)
         table(set).columns_forward(columns(g), t);
     else
@@ -92,12 +93,13 @@ void forward(int set, const std::vector<Index>& g, Address x, Address residual, 
 }
 
 void backward(int set, const std::vector<Index>& g, Address dy, Address x, Address residual, Address gamma, Address beta,
-              Address dx, Address dresidual, Address dgamma, Address dbeta, Address var, Address mean, Address rest,
-              double eps, bool center, bool given, int type, int activation, int threads) {
+              Address dx, Address dresidual, Address dgamma, Address dbeta, Address dtotal, Address var, Address mean,
+              Address rest, double eps, bool center, bool given, int type, int activation, int threads) {
     Tensors t = tensors(x, residual, gamma, beta, var, mean, rest, eps, center, given, type, activation, threads);
     t.dy = at<const void>(dy);
     t.dx = at<void>(dx);
     t.dresidual = at<void>(dresidual);
+    t.dtotal = at<const void>(dtotal);
     t.dgamma = at<float>(dgamma);
     t.dbeta = at<float>(dbeta);
     if (g.size() == 4)

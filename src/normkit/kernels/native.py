@@ -17,6 +17,7 @@ from normkit.kernels import instruction_sets
 
 __all__ = [
     "ACTIVATIONS",
+    "PER_VALUE",
     "TYPES",
     "Geometry",
     "Layout",
@@ -32,7 +33,7 @@ Layout = Literal["contiguous", "channels_last"]
 # As numbered in csrc/kernels.hpp.
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "silu": 4, "gelu": 5, "gelu_tanh": 6, "hardswish": 7}
 TYPES = {"float32": 0, "bfloat16": 1}
-_PER_ROW, _PER_RUN, _PER_VALUE = 0, 1, 2
+_PER_ROW, _PER_RUN, PER_VALUE = 0, 1, 2
 
 
 class Geometry(NamedTuple):
@@ -129,7 +130,7 @@ def evaluation(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
 
 
 def _of_rows(shape: tuple[int, ...], length: int) -> tuple[int, ...]:
-    return (product(shape) // length, 1, length, 0, 1, 0, length, _PER_VALUE)
+    return (product(shape) // length, 1, length, 0, 1, 0, length, PER_VALUE)
 
 
 def _over_channels(name: str, p: NormPlan, shape: tuple[int, ...], columns: bool) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ gamma and beta, and three numbers a statistic. The input of the activation is co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from normkit.core.spec import NormSpec
 from normkit.kernels import registry
 from normkit.kernels.native import (
     ACTIVATIONS,
+    PER_VALUE,
     TYPES,
     Geometry,
     Layout,
@@ -37,6 +38,8 @@ __all__ = [
     "Case",
     "Normalized",
     "Part",
+    "add_normalize",
+    "adds",
     "covers",
     "covers_shared",
     "decide",
@@ -200,12 +203,22 @@ def normalize(
     case: Case, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, residual: Tensor | None
 ) -> Normalized:
     """Return act(norm(x) + residual) in the type of x and the statistics of x."""
-    found: Any = case.found
-    statistics = torch.empty((3 if case.spec.center else 1, found.statistics), dtype=torch.float32)
-    if gamma is not None and case.spec.gain == "1+w":
-        gamma = gamma.float() + 1.0  # not in half precision, which has no room for both
-    y: Tensor = _Normalize.apply(x, residual, gamma, beta, statistics, case, eps)
-    return Normalized(y, statistics, found)
+    statistics = _room(case)
+    y: Tensor = _Normalize.apply(x, residual, _whole(case, gamma), beta, statistics, case, eps)
+    return Normalized(y, statistics, case.found)  # type: ignore[arg-type]  # which is there, unless it is given
+
+
+def add_normalize(
+    case: Case, x: Tensor, residual: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return norm(x + residual) and x + residual, rounded before it is normalized; for `adds` alone."""
+    y, total = _AddNormalize.apply(x, residual, _whole(case, gamma), beta, case, eps)
+    return y, total
+
+
+def adds(case: Case) -> bool:
+    """Whether the kernel of a case can sum first: rows of one run, as of layer and RMS norm."""
+    return case.found is not None and len(case.numbers) == 8 and case.numbers[-1] == PER_VALUE
 
 
 def evaluate(
@@ -243,7 +256,7 @@ def statistics_of(case: Case, x: Tensor) -> Tensor:
     """Variance, mean and rest of the mean of a part, of shape (3, C)."""
     statistics = torch.empty((3, x.shape[1]), dtype=torch.float32)
     how = *_places(statistics), 0.0, True, False, case.kind, ACTIVATIONS[None], threads(x)
-    _native.forward(_SET, case.numbers, x.data_ptr(), 0, 0, 0, 0, *how)
+    _native.forward(_SET, case.numbers, x.data_ptr(), 0, 0, 0, 0, 0, *how)
     return statistics
 
 
@@ -269,7 +282,7 @@ class Part(NamedTuple):
     def normalize(self) -> Tensor:
         """Return act(norm(x) + residual)."""
         y = _empty_like(self.x, self.case)
-        _native.forward(_SET, self.case.numbers, *self._tensors(), y.data_ptr(), *self._settings())
+        _native.forward(_SET, self.case.numbers, *self._tensors(), y.data_ptr(), 0, *self._settings())
         return y
 
     def sums(self, dy: Tensor) -> Tensor:
@@ -280,7 +293,7 @@ class Part(NamedTuple):
         into = torch.empty((2, self.x.shape[1]), dtype=torch.float32)
         first, second = (part.data_ptr() for part in into)
         tensors = dy.data_ptr(), *self._tensors()
-        _native.backward(_SET, self.case.numbers, *tensors, 0, 0, second, first, *self._settings())
+        _native.backward(_SET, self.case.numbers, *tensors, 0, 0, second, first, 0, *self._settings())
         return into
 
     def gradient(
@@ -314,6 +327,17 @@ def _writes(spec: NormSpec, found: Geometry, kept: Mapping[str, Tensor], number:
     )
 
 
+def _room(case: Case) -> Tensor:
+    """For the variance of every statistic, and mean and rest of the mean where there is one."""
+    found: Any = case.found
+    return torch.empty((3 if case.spec.center else 1, found.statistics), dtype=torch.float32)
+
+
+def _whole(case: Case, gamma: Tensor | None) -> Tensor | None:
+    """The gain itself: 1 + w not in half precision, which has no room for both."""
+    return gamma if gamma is None or case.spec.gain == "w" else gamma.float() + 1.0
+
+
 class _Normalize(torch.autograd.Function):
     """Statistics of the input, which the forward pass fills."""
 
@@ -341,14 +365,57 @@ class _Normalize(torch.autograd.Function):
         x, residual, gamma, beta, statistics = ctx.saved_tensors
         case, eps, summed = ctx.normalizer
         if torch.is_grad_enabled():
-
-            def again(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-                plain = replace(case.spec, gain="w")  # gamma is whole here
-                return formula.normalize(torch, plain, case.plan, x, gamma, beta, eps=eps)[0]
-
-            return *twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None
+            return (
+                *twice(ctx.needs_input_grad[:4], _again(case, eps), dy, x, residual, gamma, beta, case, summed),
+                None,
+                None,
+                None,
+            )
         places = _places(statistics)
-        return *_backward(ctx, case, dy, x, residual, gamma, beta, places, eps, summed), None, None, None
+        return (
+            *_backward(ctx.needs_input_grad[:4], case, dy, x, residual, gamma, beta, places, eps, summed),
+            None,
+            None,
+            None,
+        )
+
+
+def _again(case: Case, eps: float) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+    """The same by plain operations."""
+    plain = replace(case.spec, gain="w")  # gamma is whole here
+    return lambda x, gamma, beta: formula.normalize(torch, plain, case.plan, x, gamma, beta, eps=eps)[0]
+
+
+class _AddNormalize(torch.autograd.Function):
+    """Two outputs, norm(x + residual) and the sum, which is kept instead of its summands."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, gamma: Tensor | None, beta: Tensor | None, case: Case, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, statistics = _empty_like(x, case), _room(case)
+        y = _forward(case, x, residual, gamma, beta, _places(statistics), eps, total)
+        ctx.save_for_backward(total, gamma, beta, statistics)
+        ctx.normalizer = case, eps
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dtotal, dtotal, None, None, None, None
+        total, gamma, beta, statistics = ctx.saved_tensors
+        case, eps = ctx.normalizer
+        for_x, for_residual, for_gamma, for_beta, *_ = ctx.needs_input_grad
+        needs = for_x or for_residual, False, for_gamma, for_beta
+        if torch.is_grad_enabled():
+            dx, _, dgamma, dbeta = twice(needs, _again(case, eps), dy, total, None, gamma, beta, case, False)
+            dx = dtotal if dx is None else dx if dtotal is None else dx + dtotal
+        else:
+            dx, _, dgamma, dbeta = _backward(
+                needs, case, dy, total, None, gamma, beta, _places(statistics), eps, False, dtotal
+            )
+        return dx if for_x else None, dx if for_residual else None, dgamma, dbeta, None, None
 
 
 class _Evaluate(torch.autograd.Function):
@@ -387,9 +454,182 @@ class _Evaluate(torch.autograd.Function):
                 y = y if gamma is None else y * gamma.reshape(shape)
                 return y if beta is None else y + beta.reshape(shape)
 
-            return *twice(ctx, again, dy, x, residual, gamma, beta, case, summed), None, None, None, None
+            return (
+                *twice(ctx.needs_input_grad[:4], again, dy, x, residual, gamma, beta, case, summed),
+                None,
+                None,
+                None,
+                None,
+            )
         places = var.data_ptr(), mean.data_ptr(), 0
-        return *_backward(ctx, case, dy, x, residual, gamma, beta, places, eps, summed), None, None, None, None
+        return (
+            *_backward(ctx.needs_input_grad[:4], case, dy, x, residual, gamma, beta, places, eps, summed),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _settings(self) -> tuple[Any, ...]:
+    return _settings(self.case, self.x, _places(self.statistics), self.eps)
+
+
+def _writes(spec: NormSpec, found: Geometry, kept: Mapping[str, Tensor], number: Tensor | None) -> bool:
+    """Whether the kernel that writes running statistics covers these: no groups to be merged, no other types."""
+    return (
+        [t.name for t in spec.tracked] == ["mean", "var"]
+        and found.values > 1
+        and (number is None or (number.dtype == torch.int64 and number.device.type == "cpu"))
+        and all(
+            t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() == found.statistics
+            for t in kept.values()
+        )
+    )
+
+
+def _room(case: Case) -> Tensor:
+    """For the variance of every statistic, and mean and rest of the mean where there is one."""
+    found: Any = case.found
+    return torch.empty((3 if case.spec.center else 1, found.statistics), dtype=torch.float32)
+
+
+def _whole(case: Case, gamma: Tensor | None) -> Tensor | None:
+    """The gain itself: 1 + w not in half precision, which has no room for both."""
+    return gamma if gamma is None or case.spec.gain == "w" else gamma.float() + 1.0
+
+
+class _Normalize(torch.autograd.Function):
+    """Statistics of the input, which the forward pass fills."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        statistics: Tensor,
+        case: Case,
+        eps: float,
+    ) -> Tensor:
+        y = _forward(case, x, residual, gamma, beta, _places(statistics), eps)
+        ctx.save_for_backward(x, residual if case.act else None, gamma, beta, statistics)
+        ctx.normalizer = case, eps, residual is not None
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 7
+        x, residual, gamma, beta, statistics = ctx.saved_tensors
+        case, eps, summed = ctx.normalizer
+        if torch.is_grad_enabled():
+            return (
+                *twice(ctx.needs_input_grad[:4], _again(case, eps), dy, x, residual, gamma, beta, case, summed),
+                None,
+                None,
+                None,
+            )
+        places = _places(statistics)
+        return (
+            *_backward(ctx.needs_input_grad[:4], case, dy, x, residual, gamma, beta, places, eps, summed),
+            None,
+            None,
+            None,
+        )
+
+
+def _again(case: Case, eps: float) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+    """The same by plain operations."""
+    plain = replace(case.spec, gain="w")  # gamma is whole here
+    return lambda x, gamma, beta: formula.normalize(torch, plain, case.plan, x, gamma, beta, eps=eps)[0]
+
+
+class _AddNormalize(torch.autograd.Function):
+    """Two outputs, norm(x + residual) and the sum, which is kept instead of its summands."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, gamma: Tensor | None, beta: Tensor | None, case: Case, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, statistics = _empty_like(x, case), _room(case)
+        y = _forward(case, x, residual, gamma, beta, _places(statistics), eps, total)
+        ctx.save_for_backward(total, gamma, beta, statistics)
+        ctx.normalizer = case, eps
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dtotal, dtotal, None, None, None, None
+        total, gamma, beta, statistics = ctx.saved_tensors
+        case, eps = ctx.normalizer
+        for_x, for_residual, for_gamma, for_beta, *_ = ctx.needs_input_grad
+        needs = for_x or for_residual, False, for_gamma, for_beta
+        if torch.is_grad_enabled():
+            dx, _, dgamma, dbeta = twice(needs, _again(case, eps), dy, total, None, gamma, beta, case, False)
+            dx = dtotal if dx is None else dx if dtotal is None else dx + dtotal
+        else:
+            dx, _, dgamma, dbeta = _backward(
+                needs, case, dy, total, None, gamma, beta, _places(statistics), eps, False, dtotal
+            )
+        return dx if for_x else None, dx if for_residual else None, dgamma, dbeta, None, None
+
+
+class _Evaluate(torch.autograd.Function):
+    """Statistics that are given, and constants of the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        case: Case,
+        eps: float,
+    ) -> Tensor:
+        if any(ctx.needs_input_grad):  # buffers may change before the backward pass
+            mean, var = mean.clone(), var.clone()
+            ctx.save_for_backward(x, residual if case.act else None, gamma, beta, mean, var)
+            ctx.normalizer = case, eps, residual is not None
+            ctx.set_materialize_grads(False)
+        return _forward(case, x, residual, gamma, beta, (var.data_ptr(), mean.data_ptr(), 0), eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 8
+        x, residual, gamma, beta, mean, var = ctx.saved_tensors
+        case, eps, summed = ctx.normalizer
+        if torch.is_grad_enabled():
+            shape = (1, -1, *(1,) * (x.dim() - 2))
+
+            def again(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+                y = (x - mean.reshape(shape)) * torch.rsqrt(var + eps).reshape(shape)
+                y = y if gamma is None else y * gamma.reshape(shape)
+                return y if beta is None else y + beta.reshape(shape)
+
+            return (
+                *twice(ctx.needs_input_grad[:4], again, dy, x, residual, gamma, beta, case, summed),
+                None,
+                None,
+                None,
+                None,
+            )
+        places = var.data_ptr(), mean.data_ptr(), 0
+        return (
+            *_backward(ctx.needs_input_grad[:4], case, dy, x, residual, gamma, beta, places, eps, summed),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _forward(
@@ -425,7 +665,7 @@ def _settings(case: Case, x: Tensor, places: tuple[int, int, int], eps: float) -
 
 
 def _backward(
-    ctx: Any,
+    needs: Sequence[bool],
     case: Case,
     dy: Tensor,
     x: Tensor,
@@ -435,13 +675,16 @@ def _backward(
     places: tuple[int, int, int],
     eps: float,
     summed: bool,
+    dtotal: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, residual, gamma and beta."""
-    for_x, for_residual, for_gamma, for_beta, *_ = ctx.needs_input_grad
+    for_x, for_residual, for_gamma, for_beta = needs
     dy = like(dy, x)
     if residual is not None:
         residual = like(residual, x)
     own_gamma, own_beta = (gamma, beta) if case.direct else (_single(gamma), _single(beta))
+    if dtotal is not None:
+        dtotal = like(dtotal, x)
     dx = _empty_like(x, case) if for_x else None
     dresidual = None
     if summed and for_residual:  # without an activation the gradient goes through the sum as it is
@@ -460,6 +703,7 @@ def _backward(
         _address(dresidual) if case.act else 0,
         _address(dgamma),
         _address(dbeta),
+        _address(dtotal),
         *_settings(case, x, places, eps),
     )
     if not case.direct:
@@ -469,7 +713,7 @@ def _backward(
 
 
 def twice(
-    ctx: Any,
+    needs: Sequence[bool],
     again: Any,
     dy: Tensor,
     x: Tensor,
@@ -482,7 +726,6 @@ def twice(
     """The gradients by plain operations, which can be differentiated again."""
     from normkit.torch.functional import ACTIVATIONS as FUNCTIONS
 
-    needs = ctx.needs_input_grad[:4]
     own = [None if t is None else t.view_as(t) for t in (x, residual, gamma, beta)]
     wide = [None if t is None else t.float() for t in own]
     y = again(wide[0], wide[2], wide[3])

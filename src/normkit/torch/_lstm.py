@@ -142,14 +142,14 @@ class _Norm:
 
     def forward(self, t: int, row: int, x: Tensor, residual: int, y: Tensor) -> None:
         _native.forward(
-            _SET, self.numbers(len(x)), x.data_ptr(), residual, *self.affine, y.data_ptr(), *self._of_step(t, row),
+            _SET, self.numbers(len(x)), x.data_ptr(), residual, *self.affine, y.data_ptr(), 0, *self._of_step(t, row),
             self.kernels.eps, True, self.kernels.given[t], _KIND, _NONE, threads(x),
         )  # fmt: skip
 
     def backward(self, t: int, row: int, dy: Tensor, x: Tensor, dx: Tensor, dgamma: Tensor, dbeta: Tensor) -> None:
         _native.backward(
             _SET, self.numbers(len(x)), dy.data_ptr(), x.data_ptr(), 0, *self.affine, dx.data_ptr(), 0,
-            dgamma.data_ptr(), dbeta.data_ptr() if self.affine[1] else 0, *self._of_step(t, row),
+            dgamma.data_ptr(), dbeta.data_ptr() if self.affine[1] else 0, 0, *self._of_step(t, row),
             self.kernels.eps, True, self.kernels.given[t], _KIND, _NONE, threads(x),
         )  # fmt: skip
 
