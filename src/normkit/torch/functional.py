@@ -368,7 +368,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (layer_norm(x + residual), x + residual): the step between two blocks of a pre-norm transformer.
 
-    On CPUs in float32 and bfloat16 that is one pass over memory, and so is the backward pass with the gradient of the sum.
+    On CPUs in float32 and bfloat16 it is a single kernel, and so is the backward pass with the gradient of the sum.
     """
     found = _added(catalog.LAYER, normalized_shape, x, residual, weight, bias, eps)
     if found is not None:
