@@ -364,20 +364,11 @@ class _Normalize(torch.autograd.Function):
             return (None,) * 7
         x, residual, gamma, beta, statistics = ctx.saved_tensors
         case, eps, summed = ctx.normalizer
+        needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            return (
-                *twice(ctx.needs_input_grad[:4], _again(case, eps), dy, x, residual, gamma, beta, case, summed),
-                None,
-                None,
-                None,
-            )
+            return *twice(needs, _again(case, eps), dy, x, residual, gamma, beta, case, summed), None, None, None
         places = _places(statistics)
-        return (
-            *_backward(ctx.needs_input_grad[:4], case, dy, x, residual, gamma, beta, places, eps, summed),
-            None,
-            None,
-            None,
-        )
+        return *_backward(needs, case, dy, x, residual, gamma, beta, places, eps, summed), None, None, None
 
 
 def _again(case: Case, eps: float) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
@@ -446,6 +437,7 @@ class _Evaluate(torch.autograd.Function):
             return (None,) * 8
         x, residual, gamma, beta, mean, var = ctx.saved_tensors
         case, eps, summed = ctx.normalizer
+        needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             shape = (1, -1, *(1,) * (x.dim() - 2))
 
@@ -454,182 +446,9 @@ class _Evaluate(torch.autograd.Function):
                 y = y if gamma is None else y * gamma.reshape(shape)
                 return y if beta is None else y + beta.reshape(shape)
 
-            return (
-                *twice(ctx.needs_input_grad[:4], again, dy, x, residual, gamma, beta, case, summed),
-                None,
-                None,
-                None,
-                None,
-            )
+            return *twice(needs, again, dy, x, residual, gamma, beta, case, summed), None, None, None, None
         places = var.data_ptr(), mean.data_ptr(), 0
-        return (
-            *_backward(ctx.needs_input_grad[:4], case, dy, x, residual, gamma, beta, places, eps, summed),
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def _settings(self) -> tuple[Any, ...]:
-    return _settings(self.case, self.x, _places(self.statistics), self.eps)
-
-
-def _writes(spec: NormSpec, found: Geometry, kept: Mapping[str, Tensor], number: Tensor | None) -> bool:
-    """Whether the kernel that writes running statistics covers these: no groups to be merged, no other types."""
-    return (
-        [t.name for t in spec.tracked] == ["mean", "var"]
-        and found.values > 1
-        and (number is None or (number.dtype == torch.int64 and number.device.type == "cpu"))
-        and all(
-            t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() == found.statistics
-            for t in kept.values()
-        )
-    )
-
-
-def _room(case: Case) -> Tensor:
-    """For the variance of every statistic, and mean and rest of the mean where there is one."""
-    found: Any = case.found
-    return torch.empty((3 if case.spec.center else 1, found.statistics), dtype=torch.float32)
-
-
-def _whole(case: Case, gamma: Tensor | None) -> Tensor | None:
-    """The gain itself: 1 + w not in half precision, which has no room for both."""
-    return gamma if gamma is None or case.spec.gain == "w" else gamma.float() + 1.0
-
-
-class _Normalize(torch.autograd.Function):
-    """Statistics of the input, which the forward pass fills."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        statistics: Tensor,
-        case: Case,
-        eps: float,
-    ) -> Tensor:
-        y = _forward(case, x, residual, gamma, beta, _places(statistics), eps)
-        ctx.save_for_backward(x, residual if case.act else None, gamma, beta, statistics)
-        ctx.normalizer = case, eps, residual is not None
-        ctx.set_materialize_grads(False)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 7
-        x, residual, gamma, beta, statistics = ctx.saved_tensors
-        case, eps, summed = ctx.normalizer
-        if torch.is_grad_enabled():
-            return (
-                *twice(ctx.needs_input_grad[:4], _again(case, eps), dy, x, residual, gamma, beta, case, summed),
-                None,
-                None,
-                None,
-            )
-        places = _places(statistics)
-        return (
-            *_backward(ctx.needs_input_grad[:4], case, dy, x, residual, gamma, beta, places, eps, summed),
-            None,
-            None,
-            None,
-        )
-
-
-def _again(case: Case, eps: float) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
-    """The same by plain operations."""
-    plain = replace(case.spec, gain="w")  # gamma is whole here
-    return lambda x, gamma, beta: formula.normalize(torch, plain, case.plan, x, gamma, beta, eps=eps)[0]
-
-
-class _AddNormalize(torch.autograd.Function):
-    """Two outputs, norm(x + residual) and the sum, which is kept instead of its summands."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, gamma: Tensor | None, beta: Tensor | None, case: Case, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        total, statistics = _empty_like(x, case), _room(case)
-        y = _forward(case, x, residual, gamma, beta, _places(statistics), eps, total)
-        ctx.save_for_backward(total, gamma, beta, statistics)
-        ctx.normalizer = case, eps
-        ctx.set_materialize_grads(False)
-        return y, total
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return dtotal, dtotal, None, None, None, None
-        total, gamma, beta, statistics = ctx.saved_tensors
-        case, eps = ctx.normalizer
-        for_x, for_residual, for_gamma, for_beta, *_ = ctx.needs_input_grad
-        needs = for_x or for_residual, False, for_gamma, for_beta
-        if torch.is_grad_enabled():
-            dx, _, dgamma, dbeta = twice(needs, _again(case, eps), dy, total, None, gamma, beta, case, False)
-            dx = dtotal if dx is None else dx if dtotal is None else dx + dtotal
-        else:
-            dx, _, dgamma, dbeta = _backward(
-                needs, case, dy, total, None, gamma, beta, _places(statistics), eps, False, dtotal
-            )
-        return dx if for_x else None, dx if for_residual else None, dgamma, dbeta, None, None
-
-
-class _Evaluate(torch.autograd.Function):
-    """Statistics that are given, and constants of the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        case: Case,
-        eps: float,
-    ) -> Tensor:
-        if any(ctx.needs_input_grad):  # buffers may change before the backward pass
-            mean, var = mean.clone(), var.clone()
-            ctx.save_for_backward(x, residual if case.act else None, gamma, beta, mean, var)
-            ctx.normalizer = case, eps, residual is not None
-            ctx.set_materialize_grads(False)
-        return _forward(case, x, residual, gamma, beta, (var.data_ptr(), mean.data_ptr(), 0), eps)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 8
-        x, residual, gamma, beta, mean, var = ctx.saved_tensors
-        case, eps, summed = ctx.normalizer
-        if torch.is_grad_enabled():
-            shape = (1, -1, *(1,) * (x.dim() - 2))
-
-            def again(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-                y = (x - mean.reshape(shape)) * torch.rsqrt(var + eps).reshape(shape)
-                y = y if gamma is None else y * gamma.reshape(shape)
-                return y if beta is None else y + beta.reshape(shape)
-
-            return (
-                *twice(ctx.needs_input_grad[:4], again, dy, x, residual, gamma, beta, case, summed),
-                None,
-                None,
-                None,
-                None,
-            )
-        places = var.data_ptr(), mean.data_ptr(), 0
-        return (
-            *_backward(ctx.needs_input_grad[:4], case, dy, x, residual, gamma, beta, places, eps, summed),
-            None,
-            None,
-            None,
-            None,
-        )
+        return *_backward(needs, case, dy, x, residual, gamma, beta, places, eps, summed), None, None, None, None
 
 
 def _forward(
@@ -640,6 +459,7 @@ def _forward(
     beta: Tensor | None,
     places: tuple[int, int, int],
     eps: float,
+    total: Tensor | None = None,
 ) -> Tensor:
     y = _empty_like(x, case)
     if not case.direct:
@@ -654,6 +474,7 @@ def _forward(
         _address(gamma),
         _address(beta),
         y.data_ptr(),
+        _address(total),
         *_settings(case, x, places, eps),
     )
     return y

@@ -137,7 +137,8 @@ class _Synchronized(torch.autograd.Function):
             def again(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
                 return normalize_together(case.spec, case.plan, x, gamma, beta, eps, weight=None, group=group)[0]
 
-            return *compiled.twice(ctx, again, dy, x, residual, gamma, beta, case, summed), *(None,) * 5
+            needs = ctx.needs_input_grad[:4]
+            return *compiled.twice(needs, again, dy, x, residual, gamma, beta, case, summed), *(None,) * 5
         for_x, for_residual, for_gamma, for_beta, *_ = ctx.needs_input_grad
         dy, for_residual = compiled.like(dy, x), summed and for_residual
         part = compiled.Part.of(case, x, residual, gamma, beta, statistics, eps)
