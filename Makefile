@@ -1,6 +1,7 @@
 # make demo        compare normalizations on handwritten digits: a sentence, a table, a report
 # make demo-keras  the classic Keras CNN with and without batch normalization, and a trap: a table, a picture
 # make test        lint, types and tests, with the time of each area
+# make test-pure   tests of PyTorch's layers as if no C++ compiler had been there
 # make test-all    the same, and the tests marked long
 # make bench       the speed of norms beside PyTorch, JAX and Keras, on a machine that does nothing else: docs/performance.md
 # make bench-page  that page again, from the rows that are there
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-keras test test-all check sanitize bench bench-page calibrate format clean
+.PHONY: demo demo-keras test test-all test-pure check sanitize bench bench-page calibrate format clean
 
 demo: $(READY)
 	$(BIN)/normkit compare cnn --data digits
@@ -23,6 +24,9 @@ demo-keras: $(READY)
 
 test: check
 	$(BIN)/python -m pytest -m "not long"
+
+test-pure: $(READY)
+	$(BIN)/python -m pytest -m "not long" --without-kernels tests/kernels tests/torch tests/conformance
 
 test-all: check
 	$(BIN)/python -m pytest
@@ -39,9 +43,7 @@ bench-page: $(READY)
 	$(BIN)/normkit bench --from benchmarks/performance.csv --page docs/performance.md
 
 calibrate: $(READY)
-	$(BIN)/python benchmarks/studies.py learning-rate train-eval-gap non-iid convergence --repeats 4
-	$(BIN)/python benchmarks/studies.py covariate-shift smoothness weight-decay --repeats 4
-	$(BIN)/python benchmarks/studies.py placement regularization inputs initialization batch-size appearance --repeats 5
+	$(BIN)/python benchmarks/studies.py all --repeats 3
 
 # The instruction sets of CMakeLists.txt.
 SANITIZE := -std=gnu++17 -O1 -g -fopenmp -fno-math-errno -fno-trapping-math -Wno-psabi -Isrc/normkit/csrc \

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from normkit.experiments import Comparison
 from normkit.studies.measurements import Measurements, measured
-from normkit.studies.presets import find
+from normkit.studies.presets import STUDIES, find
 from normkit.studies.verb import compared
 from normkit.studies.verdict import decided
 
@@ -80,7 +80,7 @@ def main() -> None:
     if asked.out.exists():
         with asked.out.open(newline="") as file:
             kept = list(csv.DictReader(file))
-    for name in asked.studies:
+    for name in STUDIES if asked.studies == ["all"] else asked.studies:
         new = list(rows(name, asked.model, asked.repeats, not asked.full, storage, asked.workers))
         again = {(row["study"], row["model"], row["version"]) for row in new}
         kept = [row for row in kept if (row["study"], row["model"], row["version"]) not in again] + new

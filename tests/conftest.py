@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -35,6 +36,15 @@ BUDGETS = {
 SHARED = {"torch": "torch", "conformance": "torch"}  # areas that share a budget
 _spent: dict[str, float] = defaultdict(float)
 _count: dict[str, int] = defaultdict(int)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-kernels", action="store_true", help="as if installed where no C++ compiler works")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-kernels"):
+        sys.modules["normkit.kernels._native"] = None  # type: ignore[assignment]  # importing it fails
 
 
 def area_of(nodeid: str) -> str:

@@ -45,7 +45,7 @@ class Effort(NamedTuple):
     models: tuple[str, ...] = ("mlp", "cnn")
 
 
-# Quick seeds are as many as it takes to come to the same verdict with others, where time allows: 5, and 8 or 10 where
+# Quick seeds are as many as it takes to come to the same verdict with others, where time allows: 5, and 8 to 16 where
 # steps or spreads vary so much that 5 often left it open.
 FULL, QUICK = Effort(_RATES, 5, 6), Effort(_THREE, 10, 6, ("mlp",))
 
@@ -157,7 +157,7 @@ _ALL = (
         ),
         names.inputs,
         full=Effort((0.0001, 0.001, 0.01, 0.1), 5, 20),
-        quick=Effort((0.001, 0.01, 0.1), 5, 8, ("mlp",)),
+        quick=Effort((0.001, 0.01, 0.1), 8, 8, ("mlp",)),
         figures=("rates",),
         data=("digits", "wine"),
         repeated="mlp on digits, quick version, 3 seeds each: 3 x holds partly, 2 x not enough evidence; mlp on wine, "
@@ -228,7 +228,7 @@ _ALL = (
         (Part(("none", "batch"), tuple(Arm(names.layers(count), Conditions(depth=count)) for count in (4, 10, 20))),),
         names.depth,
         full=Effort((0.003, 0.03, 0.3), 5, 6),
-        quick=Effort((0.003, 0.03, 0.3), 8, 4, ("mlp",)),
+        quick=Effort((0.003, 0.03, 0.3), 16, 4, ("mlp",)),
         figures=("depth-before",),
         formulas=residual_growth,
     ),
