@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.hpp"
@@ -69,6 +70,17 @@ void run(const Geometry& g, Index values, Index statistics, Index entries, bool 
             t.dbeta = affine && calls % 7 != 6 ? dbeta.floats() : nullptr;
             backward(g, t);
             ++calls;
+            if constexpr (std::is_same_v<Geometry, Rows>)
+                if (residual && !given && g.affine == PER_VALUE) {  // the sum in front
+                    Memory total(values, type, 0);
+                    Tensors front = t;
+                    front.total = total.get();
+                    front.activation = NONE;
+                    forward(g, front);
+                    front.x = total.get(), front.dtotal = r.get(), front.dx = dx.get();
+                    front.residual = nullptr, front.dresidual = nullptr;
+                    backward(g, front);
+                }
             // The halves: statistics alone, or sums alone and the gradient by averages over more than this.
             t.y = t.dx = t.dresidual = nullptr;
             t.rest = rest.floats();

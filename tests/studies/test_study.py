@@ -123,7 +123,7 @@ def test_what_probes_saw_is_judged_and_shown(arrays, tmp_path, monkeypatch):
     """Of one rate and one seed, where every value is that of one trial."""
     small = dataclasses.replace(STUDIES["covariate-shift"], quick=Effort((0.03,), 3, 6, ("mlp",)))
     monkeypatch.setattr(verb, "find", {"covariate-shift": small}.__getitem__)
-    outcome = normkit.study("covariate-shift", arrays, seeds=1, out=tmp_path, **QUIET)
+    outcome = normkit.study("covariate-shift", arrays, out=tmp_path, **QUIET | {"seeds": 1})
     (case,) = outcome.cases
     trials = {(trial.config.norm, trial.config.lr): trial for trial in case.comparisons[0].trials}
     assert outcome.environment["started"] == len(trials) == 2

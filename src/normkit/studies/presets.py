@@ -160,8 +160,8 @@ _ALL = (
         quick=Effort((0.001, 0.01, 0.1), 8, 8, ("mlp",)),
         figures=("rates",),
         data=("digits", "wine"),
-        repeated="mlp on digits, quick version, 3 seeds each: 3 x holds partly, 2 x not enough evidence; mlp on wine, "
-        "quick version, 3 seeds each: 5 x holds partly",
+        repeated="mlp on digits, quick version, 8 seeds each: 2 x holds partly, 1 x not enough evidence; "
+        "mlp on wine, quick version, 8 seeds each: 3 x holds partly",
     ),
     Study(
         "convergence",
@@ -171,7 +171,7 @@ _ALL = (
         (Part(("none", "batch")),),
         names.convergence,
         figures=("curves",),
-        repeated="mlp on digits, quick version, 3 seeds each: 3 x not enough evidence, 1 x holds",
+        repeated="mlp on digits, quick version, 10 seeds each: 3 x holds",
     ),
     Study(
         "overhead",
@@ -182,6 +182,7 @@ _ALL = (
         (Part(("none", "batch")),),
         names.overhead,
         figures=("costs",),
+        repeated="mlp on digits, quick version, 10 seeds each: 3 x not enough evidence",
     ),
     Study(
         "learning-rate",
@@ -195,7 +196,7 @@ _ALL = (
         full=Effort((0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 5, 6),
         quick=Effort((0.003, 0.03, 0.3, 3.0), 5, 4, ("mlp",)),
         figures=("rates",),
-        repeated="mlp on digits, quick version, 3 seeds each: 4 x holds",
+        repeated="mlp on digits, quick version, 5 seeds each: 3 x holds",
     ),
     Study(
         "initialization",
@@ -215,7 +216,7 @@ _ALL = (
         full=Effort((0.003, 0.03, 0.3), 5, 6),
         quick=Effort((0.01, 0.1), 8, 6, ("mlp",)),
         figures=("rates",),
-        repeated="mlp on digits, quick version, 3 seeds each: 4 x not enough evidence, 1 x holds partly",
+        repeated="mlp on digits, quick version, 8 seeds each: 3 x holds partly",
     ),
     Study(
         "depth",
@@ -231,6 +232,7 @@ _ALL = (
         quick=Effort((0.003, 0.03, 0.3), 16, 4, ("mlp",)),
         figures=("depth-before",),
         formulas=residual_growth,
+        repeated="mlp on digits, quick version, 16 seeds each: 3 x holds",
     ),
     Study(
         "train-eval-gap",
@@ -257,7 +259,7 @@ _ALL = (
         ),
         names.train_eval_gap,
         figures=("curves",),
-        repeated="mlp on digits, quick version, 3 seeds each: 3 x holds, 1 x not enough evidence",
+        repeated="mlp on digits, quick version, 10 seeds each: 3 x holds",
     ),
     Study(
         "batch-size",
@@ -279,7 +281,7 @@ _ALL = (
         full=Effort((0.003, 0.01, 0.03, 0.1), 5, 10),
         quick=Effort((0.01, 0.03), 5, 8, ("mlp",)),
         figures=("final",),
-        repeated="mlp on digits, quick version, 3 seeds each: 5 x not enough evidence",
+        repeated="mlp on digits, quick version, 5 seeds each: 3 x not enough evidence",
     ),
     Study(
         "placement",
@@ -290,7 +292,7 @@ _ALL = (
         (Part(("none", "batch", "batch:after")),),
         names.placement,
         figures=("curves", "final"),
-        repeated="mlp on digits, quick version, 3 seeds each: 5 x not enough evidence",
+        repeated="mlp on digits, quick version, 10 seeds each: 3 x not enough evidence",
     ),
     Study(
         "regularization",
@@ -302,7 +304,7 @@ _ALL = (
         names.regularization,
         full=Effort((0.003, 0.01, 0.03, 0.1), 5, 30),
         quick=Effort((0.01, 0.03), 5, 15, ("mlp",)),
-        repeated="mlp on digits, quick version, 3 seeds each: 5 x not enough evidence",
+        repeated="mlp on digits, quick version, 5 seeds each: 3 x not enough evidence",
     ),
     Study(
         "dropout",
@@ -319,6 +321,7 @@ _ALL = (
         full=Effort((0.003, 0.01, 0.03, 0.1), 5, 30),
         quick=Effort((0.01, 0.03), 5, 15, ("mlp",)),
         formulas=dropout_variance,
+        repeated="mlp on digits, quick version, 5 seeds each: 3 x holds partly",
     ),
     Study(
         "appearance",
@@ -353,7 +356,7 @@ _ALL = (
         names.appearance,
         full=Effort((0.01, 0.03, 0.1), 5, 10),
         quick=Effort(_THREE[:2], 5, 6, ("mlp",)),
-        repeated="mlp on digits, quick version, 3 seeds each: 5 x holds partly",
+        repeated="mlp on digits, quick version, 5 seeds each: 3 x holds partly",
     ),
     Study(
         "non-iid",
@@ -373,7 +376,7 @@ _ALL = (
         names.non_iid,
         full=Effort(_THREE, 5, 30),
         quick=Effort((0.03,), 5, 20, ("mlp",)),
-        repeated="mlp on digits, quick version, 3 seeds each: 4 x holds partly",
+        repeated="mlp on digits, quick version, 5 seeds each: 3 x holds partly",
     ),
     Study(
         "recurrent",
@@ -404,8 +407,9 @@ _ALL = (
         ),
         names.recurrent,
         full=Effort((0.01, 0.03, 0.1, 0.3), 5, 20, ("mlp",)),
-        quick=Effort((0.03, 0.1), 5, 10, ("mlp",)),
+        quick=Effort((0.03, 0.1), 8, 10, ("mlp",)),
         figures=("final", "curves"),
+        repeated="mlp on digits, quick version, 8 seeds each: 3 x holds partly",
     ),
     Study(
         "covariate-shift",
@@ -420,7 +424,7 @@ _ALL = (
         (_PROBED,),
         names.covariate_shift,
         figures=("percentiles",),
-        repeated="mlp on digits, quick version, 3 seeds each: 4 x not enough evidence",
+        repeated="mlp on digits, quick version, 10 seeds each: 3 x not enough evidence",
     ),
     Study(
         "smoothness",
@@ -434,7 +438,7 @@ _ALL = (
         (_PROBED,),
         names.smoothness,
         figures=("curves",),
-        repeated="mlp on digits, quick version, 3 seeds each: 2 x holds partly, 2 x not enough evidence",
+        repeated="mlp on digits, quick version, 10 seeds each: 3 x holds partly",
     ),
     Study(
         "weight-decay",
@@ -460,7 +464,7 @@ _ALL = (
         names.weight_decay,
         full=Effort((0.03,), 5, 40),
         quick=Effort((0.03,), 5, 30, ("mlp",)),
-        repeated="mlp on digits, quick version, 3 seeds each: 4 x not enough evidence",
+        repeated="mlp on digits, quick version, 5 seeds each: 3 x not enough evidence",
     ),
 )
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _ALL})
