@@ -365,10 +365,12 @@ struct Teams {
     template <class Body>
     ALWAYS void each(Body body) const {
         together(threads, [&](const Team& all) ALWAYS {
-            if (members == 1)
-                all.share(blocks, [&](Index block) { body(block, Team::of_one(), all.thread); });
-            else
-                for (Index block = 0; block < blocks; ++block) body(block, all, 0);
+            // Not by who comes first: a team adds up the sums of its blocks, and runs are to repeat bit for bit.
+            const bool apart = members == 1;
+            const Index from = apart ? bound(blocks, all.thread, all.size) : 0;
+            const Index to = apart ? bound(blocks, all.thread + 1, all.size) : blocks;
+            for (Index block = from; block < to; ++block)
+                body(block, apart ? Team::of_one() : all, apart ? all.thread : 0);
         });
     }
 };
